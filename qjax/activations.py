@@ -1,0 +1,78 @@
+"""Quantization of x on its way into a product: array -> `Rows`. Formulas in `qjax.schemes`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from qjax.formats import FORMATS
+from qjax.schemes import Activation
+
+BLOCK_K = 128  # `granularity="block"`: one scale for each 128 elements of a token
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """What meets a weight: rows of K.
+
+    Attributes:
+      values: `[..., K]`: x itself, or its codes (int8, float8_e4m3fn).
+      scale: float32 `[..., C]` of codes, C = 1 or ceil(K/128); None where `values` is x itself.
+    """
+
+    values: jax.Array
+    scale: jax.Array | None = None
+
+    def dequantize(self) -> jax.Array:
+        """float32 `[..., K]`."""
+        values = self.values.astype(jnp.float32)
+        if self.scale is None:
+            return values
+        if self.scale.shape[-1] == 1:
+            return values * self.scale
+        return values * jnp.repeat(self.scale, BLOCK_K, axis=-1)[..., : values.shape[-1]]
+
+
+def quantize_rows(x: jax.Array, activation: Activation | None, act_scale: jax.Array | None) -> Rows:
+    """Quantizes x as the scheme asks.
+
+    Args:
+      x: float `[..., K]`.
+      activation: None leaves x alone.
+      act_scale: float32, broadcastable against `x[..., :1]`: the scale where `activation.mode` is static.
+
+    Returns:
+      Rows; a scale of a whole tensor is repeated for each row, so that rows can be cut anywhere.
+    """
+    if activation is None:
+        return Rows(x)
+    form = FORMATS[activation.format]
+    wide = x.astype(jnp.float32)
+    if activation.mode == "static":
+        assert act_scale is not None, "checked in qjax.matmul"
+        scale = jnp.broadcast_to(act_scale.astype(jnp.float32), (*x.shape[:-1], 1))
+    else:
+        scale = _amax(wide, activation) / form.maximum
+        scale = jnp.where(scale == 0, 1.0, scale)
+    spread = scale
+    if scale.shape[-1] != 1:
+        spread = jnp.repeat(scale, BLOCK_K, axis=-1)[..., : x.shape[-1]]
+    ratio = wide / spread
+    if form.kind == "int":
+        return Rows(jnp.clip(jnp.round(ratio), -128, 127).astype(form.dtype), scale)
+    return Rows(jnp.clip(ratio, -form.maximum, form.maximum).astype(form.dtype), scale)
+
+
+def _amax(x: jax.Array, activation: Activation) -> jax.Array:
+    """Largest magnitude a scale covers, `[..., C]`; 0 where there are no elements."""
+    magnitude = jnp.abs(x)
+    if activation.granularity == "tensor":
+        amax = jnp.max(magnitude, initial=0.0)
+        return jnp.broadcast_to(amax, (*x.shape[:-1], 1))
+    if activation.granularity == "block":
+        columns = -(-x.shape[-1] // BLOCK_K)
+        magnitude = jnp.pad(magnitude, [(0, 0)] * (x.ndim - 1) + [(0, columns * BLOCK_K - x.shape[-1])])
+        magnitude = magnitude.reshape(*x.shape[:-1], columns, BLOCK_K)
+        return jnp.max(magnitude, axis=-1, initial=0.0)
+    return jnp.max(magnitude, axis=-1, keepdims=True, initial=0.0)

@@ -1,0 +1,188 @@
+"""How long a product takes: bytes over bandwidth, operations over rate, fixed costs.
+
+    fused        fixed + max((codes + scales + x + y) / bandwidth, operations / rate)
+    dequantize   fixed + (codes + scales + dense) / bandwidth
+                       + max((dense + x + y) / bandwidth, operations / rate)
+
+with `dense` the weight in float32. Bandwidth and rate are the device's peaks times what a kernel was
+measured to reach of them.
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from qjax.devices import Device
+from qjax.dispatch.problem import Problem
+
+_PACKED_BLOCK = 128  # K is padded to it below 8 bits
+_FLOAT32 = np.dtype("float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Efficiency:
+    """What a kernel reaches of a device's peaks.
+
+    Attributes:
+      bandwidth, rate: parts of the device's peaks.
+      fixed: seconds to start.
+      source: what was measured.
+      method: whether codes go straight into the product, or a dense weight is written first.
+      m_max: the most rows of x that this holds for; None for any number.
+    """
+
+    bandwidth: float
+    rate: float
+    fixed: float
+    source: str
+    method: Literal["fused", "dequantize"] = "fused"
+    m_max: int | None = None
+
+
+PEAK = Efficiency(1.0, 1.0, 0.0, "the device's own peaks")
+
+# What the best plain kernels reach: no product does better, so that a kernel without a row of its
+# own is judged by its bytes and operations alone.
+CEILING = Efficiency(
+    0.95, 0.79, 0.8e-6,
+    "H200: 4.6 of 4.8 TB/s read, 781 of 989 TFLOP/s in bf16 8192^3, empty kernel in a CUDA graph",
+)  # fmt: skip
+
+# By (route, platform, whether codes are packed); the first row whose m_max is large enough holds.
+# XLA turns a product with one row into multiply-and-sum and fuses the dequantization into it.
+_H200 = "H200, jax 0.11.2, 22016 x 4096: "
+_EPYC = "2 cores of an EPYC 9005, jax 0.11.2, 4096 x 4096: "
+MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
+    ("xla.dequantize", "gpu", True): (
+        Efficiency(0.12, 0.75, 2e-6, _H200 + "79 us (int4 g128), 90 us (nf4)", m_max=1),
+        Efficiency(
+            0.33, 0.75, 2e-6,
+            _H200 + "667 us (int4 g128), 309 us (nf4) at M=16; 7.8 and 7.5 ms at M=2048",
+            "dequantize",
+        ),
+    ),
+    ("xla.dequantize", "gpu", False): (
+        Efficiency(0.5, 0.75, 2e-6, _H200 + "46 us (int8), 33 us (e4m3)", m_max=1),
+        Efficiency(
+            0.55, 0.75, 2e-6,
+            _H200 + "303 us (int8), 300 us (e4m3) at M=16; 7.5 ms at M=2048",
+            "dequantize",
+        ),
+    ),
+    ("xla.dequantize", "cpu", True): (
+        Efficiency(
+            0.2, 1.0, 1e-5, _EPYC + "39 ms (int4 g128) at M=1, 26 ms at M=16", "dequantize"
+        ),
+    ),
+    ("xla.dequantize", "cpu", False): (
+        Efficiency(0.2, 1.0, 1e-5, _EPYC + "75 ms (int8) at M=1, 20 ms at M=16", "dequantize"),
+    ),
+}  # fmt: skip
+
+
+Bound = Literal["memory", "compute", "fixed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of one product, what they were computed from, and which term is the largest.
+
+    `bytes` counts every read and write of device memory, `operations` two for a multiply-add.
+    """
+
+    seconds: float
+    bytes: int
+    operations: int
+    bound: Bound
+    basis: Literal["estimated", "measured"] = "estimated"
+
+    def __str__(self) -> str:
+        return f"{format_seconds(self.seconds)} {self.basis}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`9.7 us`, `1.25 ms`: three digits, in the unit that suits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def efficiency(route: str, problem: Problem, device: Device) -> Efficiency:
+    """What the route was measured to reach on such a problem; `CEILING` where nobody measured it."""
+    rows = MEASURED.get((route, device.platform, problem.scheme.bits < 8), ())
+    fitting = (row for row in rows if row.m_max is None or problem.m <= row.m_max)
+    return next(fitting, CEILING)
+
+
+def weight_bytes(problem: Problem) -> int:
+    """Bytes of codes, scales and zero points, of one weight, as stored."""
+    n, k, bits = problem.n, problem.k, problem.scheme.bits
+    stored_k = -(-k // _PACKED_BLOCK) * _PACKED_BLOCK if bits < 8 else k
+    block_n, block_k = problem.block
+    blocks = -(-n // block_n) * -(-k // block_k)
+    of_block = problem.scale_dtype.itemsize
+    of_block += "zero_point" in problem.features
+    of_block += _FLOAT32.itemsize * ("zero_point_real" in problem.features)
+    return n * stored_k * bits // 8 + blocks * of_block
+
+
+def activation_bytes(problem: Problem) -> int:
+    """Bytes of x, y, bias and residual, of one weight."""
+    k, n = (problem.n, problem.k) if problem.transposed else (problem.k, problem.n)
+    read = problem.m * k * problem.x_dtype.itemsize
+    written = (1 + problem.residual) * problem.m * n + problem.bias * n
+    return read + written * problem.out_dtype.itemsize
+
+
+def compute_format(problem: Problem, device: Device) -> str:
+    """The operands' format: that of quantized x where the device takes it, else x's own."""
+    quantized = problem.scheme.activation
+    if quantized is not None and device.takes(quantized.format):
+        return quantized.format
+    return problem.x_dtype.name
+
+
+def estimate(problem: Problem, device: Device, efficiency: Efficiency = CEILING) -> Estimate:
+    """Seconds for the problem on the device by the roofline in the module's docstring."""
+    codes = problem.batch * weight_bytes(problem)
+    around = problem.batch * activation_bytes(problem)
+    dense = problem.batch * problem.n * problem.k * _FLOAT32.itemsize
+    if efficiency.method == "dequantize":
+        before, during, format = codes + dense, dense + around, _FLOAT32.name
+    else:
+        before, during, format = 0, codes + around, compute_format(problem, device)
+    return _roofline(problem, device, before, during, format, efficiency)
+
+
+def _roofline(
+    problem: Problem,
+    device: Device,
+    before: int,
+    during: int,
+    format: str,
+    efficiency: Efficiency,
+) -> Estimate:
+    """Moves `before` bytes, then multiplies in `format` while it moves `during`."""
+    operations = 2 * problem.batch * problem.m * problem.n * problem.k
+    bandwidth = device.bandwidth * efficiency.bandwidth
+    compute = operations / (device.rate(format) * efficiency.rate)
+    terms: dict[Bound, float] = {
+        "memory": (before + during) / bandwidth,
+        "compute": compute,
+        "fixed": efficiency.fixed,
+    }
+    seconds = efficiency.fixed + before / bandwidth + max(during / bandwidth, compute)
+    return Estimate(seconds, before + during, operations, max(terms, key=lambda b: terms[b]))
+
+
+def dense_estimate(problem: Problem, device: Device) -> Estimate:
+    """The same product with a bfloat16 weight, by the best that plain kernels reach."""
+    moved = problem.batch * (2 * problem.n * problem.k + activation_bytes(problem))
+    return _roofline(problem, device, 0, moved, "bfloat16", CEILING)
+
+
+def speedup_over_bf16(of: Estimate, problem: Problem, device: Device) -> float:
+    """How many times faster than the product with a bfloat16 weight."""
+    return dense_estimate(problem, device).seconds / of.seconds

@@ -1,0 +1,286 @@
+"""Llama and kin (Mistral, Qwen2, Qwen3) in nnx: token ids -> logits, with or without a KV cache.
+
+Module paths are Hugging Face's tensor names without the leading `model.`:
+`layers.0.self_attn.q_proj`, `layers.0.mlp.down_proj`, `embed_tokens`, `norm`, `lm_head`. Linears
+and the embedding are only ever called, so that any module with the same calls may take their place.
+Statistics, softmax, rotary angles and logits are float32; everything between is in `dtype`.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qjax.models.kv_cache import KVCache, LayerCache
+from qjax.models.llama_config import ACTIVATIONS, LlamaConfig
+from qjax.models.rope import angles, rotate
+
+
+class RMSNorm(nnx.Module):
+    """x * weight / sqrt(mean(x^2) + epsilon) over the last axis, in float32."""
+
+    def __init__(self, features: int, *, epsilon: float, param_dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.ones((features,), param_dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., features]` -> the same, in x's dtype."""
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * inverse * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layer: int,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def linear(n_in: int, n_out: int, bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
+
+        def head_norm() -> RMSNorm:
+            return RMSNorm(self.head_dim, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
+
+        self.head_dim = config.head_dim
+        self.window = config.sliding_windows[layer]
+        q_features = config.num_attention_heads * config.head_dim
+        kv_features = config.num_key_value_heads * config.head_dim
+        self.q_proj = linear(config.hidden_size, q_features, config.qkv_bias)
+        self.k_proj = linear(config.hidden_size, kv_features, config.qkv_bias)
+        self.v_proj = linear(config.hidden_size, kv_features, config.qkv_bias)
+        self.o_proj = linear(q_features, config.hidden_size, config.o_bias)
+        self.q_norm = head_norm() if config.qk_norm else None
+        self.k_norm = head_norm() if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: jax.Array,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`x` `[B, S, hidden]` at `positions` `[B, S]` -> `[B, S, hidden]` and the cache after."""
+
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
+        queries, keys, values = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if self.q_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+        key_positions = positions
+        if cache is not None:
+            cache = cache.store(keys, values, positions)
+            keys, values = cache.keys, cache.values
+            key_positions = jnp.arange(keys.shape[1])[None, :]
+        mask = causal_mask(positions, key_positions, self.window)
+        return self.o_proj(attend(queries, keys, values, mask)), cache
+
+
+def causal_mask(
+    query_positions: jax.Array, key_positions: jax.Array, window: int | None
+) -> jax.Array:
+    """Which keys a query sees, bool `[B, S, T]`: those up to itself, the last `window` of them."""
+    query, key = query_positions[:, :, None], key_positions[:, None, :]
+    mask = (key >= 0) & (key <= query)
+    return mask if window is None else mask & (key > query - window)
+
+
+def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v with float32 scores.
+
+    `queries` `[B, S, H, D]`, `keys` and `values` `[B, T, H_kv, D]`, `mask` bool `[B, S, T]` ->
+    `[B, S, H * D]`. Query heads `i * H/H_kv` to `(i + 1) * H/H_kv - 1` share key-value head i.
+    """
+    batch, length, _, head_dim = queries.shape
+    grouped = queries.reshape(batch, length, keys.shape[2], -1, head_dim)
+    scores = jnp.einsum("bskgd,btkd->bkgst", grouped, keys, preferred_element_type=jnp.float32)
+    # Not -inf: a padded query sees no key at all, and its row must not turn into NaN.
+    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgst,btkd->bskgd", weights, values).reshape(batch, length, -1)
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def linear(n_in: int, n_out: int) -> nnx.Linear:
+            return nnx.Linear(
+                n_in,
+                n_out,
+                use_bias=config.mlp_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.hidden_act = config.hidden_act
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., hidden]` -> `[..., hidden]`."""
+        gate = ACTIVATIONS[self.hidden_act](self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention, then MLP, each on a normalized copy of the residual stream."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layer: int,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
+
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: jax.Array,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`[B, S, hidden]` -> the same, and the layer's cache after."""
+        attended, cache = self.self_attn(self.input_layernorm(x), cos, sin, positions, cache)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Llama(nnx.Module):
+    """A decoder-only language model. `load_llama` fills it from a checkpoint.
+
+    Attributes:
+      config: its shape.
+      dtype: of activations and of the KV cache. In float32, products are full float32 (no TF32).
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.layers = nnx.List(
+            DecoderLayer(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(
+            config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype
+        )
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        cache: KVCache | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array | tuple[jax.Array, KVCache]:
+        """Logits of every next token.
+
+        Args:
+          input_ids: int32 `[B, S]`.
+          cache: what came before; without one, nothing did.
+          positions: int32 `[B, S]`; by default each row goes on where its cache ends. Negative ones
+            mark padding: neither cached nor attended to, and their logits mean nothing.
+
+        Returns:
+          float32 `[B, S, vocab_size]`; with a cache `(logits, cache after)`.
+        """
+        hidden, cache = self.hidden_states(input_ids, cache, positions)
+        logits = self.logits(hidden)
+        return logits if cache is None else (logits, cache)
+
+    def hidden_states(
+        self,
+        input_ids: jax.Array,
+        cache: KVCache | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """All but the head: `[B, S, hidden]` after the last norm, and the cache after."""
+        if positions is None:
+            start = 0 if cache is None else cache.lengths[:, None]
+            positions = jnp.broadcast_to(start + jnp.arange(input_ids.shape[1]), input_ids.shape)
+        layer_caches = (None,) * len(self.layers) if cache is None else cache.layers
+        cos, sin = angles(self.config.rope, positions)
+        after = []
+        with self._precision():
+            x = self.embed_tokens(input_ids)
+            for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+                x, layer_cache = layer(x, cos, sin, positions, layer_cache)
+                after.append(layer_cache)
+        if cache is not None:
+            lengths = jnp.maximum(cache.lengths, jnp.max(positions, axis=1) + 1)
+            cache = KVCache(tuple(after), lengths)
+        return self.norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """The head: `[..., hidden]` -> float32 `[..., vocab_size]`."""
+        head = self.embed_tokens.attend if self.lm_head is None else self.lm_head
+        with self._precision():
+            return head(hidden).astype(jnp.float32)
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache for `batch` rows of up to `capacity` tokens."""
+        return KVCache.zeros(
+            layers=self.config.num_hidden_layers,
+            batch=batch,
+            capacity=capacity,
+            kv_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.dtype,
+        )
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """A GPU would multiply float32 in TF32 unless told otherwise."""
+        return (
+            jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else nullcontext()
+        )

@@ -1,0 +1,279 @@
+"""QTensor: a quantized weight as a pytree. Its law, its shapes, its validation; no arithmetic.
+
+    w[k, n] = (code[n, k] - zero_point[n', k']) * scale[n', k'] * global_scale        integer and float codes
+    w[k, n] = (codebook[code[n, k]] * scale[n', k']) * global_scale + offset          codebook codes
+
+with n' = n // block_n and k' = k // block_k. JAX rebuilds a QTensor around tracers, shapes, specs and placeholders, so
+`__init__` checks nothing: `validate_qtensor` does, at the door. Shapes are computed from the arrays, never stored: a
+scan, vmap or shard_map slices arrays and not static fields.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import QTensorError
+from qjax.layouts import BLOCK, padded
+from qjax.schemes import Scheme
+
+_STATIC = dict(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QTensor:
+    """A quantized weight of logical shape `(..., K, N)`, stored by rows of K.
+
+    Attributes:
+      packed: the codes; below 8 bits uint32 `[..., N, ceil(K/128), 4*bits]` (`qjax.layouts`), else `[..., N, K]` of the
+        format's dtype (int8 codes are signed).
+      scale: multiplies; `[..., ceil(N/block_n), ceil(K/block_k)]`, an array or (double quantization) a QTensor whose
+        logical shape is the transpose of that.
+      zero_point: in code units, shaped like `scale`; int8, or a float (HQQ). None is the format's middle.
+      global_scale: NVFP4's second level, float32 `[...]` or `[..., N]`; multiplies.
+      codebook: float32 `[..., 2^bits]`, where it is not the format's own.
+      offset: float32 `[...]`, added after scaling (bitsandbytes' nested scales).
+      input_perm: int32 `[..., K]` (act-order): row k of storage belongs to column `input_perm[k]` of x.
+      input_scale: `[..., K]`, multiplies x before the permutation (AWQ, SmoothQuant).
+      act_scale: float32 `[...]`, the static scale of x.
+      scheme: what the arrays mean. Static, like all below.
+      dtype: what `dequantize()` returns.
+      k_piece: `(logical, padded)` length along K of one piece: of all of K, or of one shard of it; `(128, 128)` (`(1, 1)`
+        at 8 bits) where nothing is padded, since any cut between blocks is then a right one.
+      in_shape, out_shape: K and N as several axes, where the Flax kernel has them.
+      axes: order of the Flax kernel's axes among `(*in_shape, *out_shape)`, where it is another.
+    """
+
+    packed: jax.Array
+    scale: "jax.Array | QTensor"
+    zero_point: jax.Array | None = None
+    global_scale: jax.Array | None = None
+    codebook: jax.Array | None = None
+    offset: jax.Array | None = None
+    input_perm: jax.Array | None = None
+    input_scale: jax.Array | None = None
+    act_scale: jax.Array | None = None
+    scheme: Scheme = dataclasses.field(**_STATIC, kw_only=True)
+    dtype: np.dtype = dataclasses.field(**_STATIC, kw_only=True, default=np.dtype("float32"))
+    k_piece: tuple[int, int] = dataclasses.field(**_STATIC, kw_only=True)
+    in_shape: tuple[int, ...] | None = dataclasses.field(**_STATIC, kw_only=True, default=None)
+    out_shape: tuple[int, ...] | None = dataclasses.field(**_STATIC, kw_only=True, default=None)
+    axes: tuple[int, ...] | None = dataclasses.field(**_STATIC, kw_only=True, default=None)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether codes are packed into words (below 8 bits)."""
+        return self.scheme.bits < 8
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Leading axes: stacked layers, experts."""
+        return tuple(self.packed.shape[: -3 if self.is_packed else -2])
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.packed.shape[-3 if self.is_packed else -2]
+
+    @property
+    def in_features(self) -> int:
+        """K, padding not counted."""
+        stored = self.packed.shape[-2] * BLOCK if self.is_packed else self.packed.shape[-1]
+        logical, piece = self.k_piece
+        return stored * logical // piece
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The Flax kernel's shape: `(*stack, K, N)`, K and N as the axes that it has there."""
+        tail = (*(self.in_shape or (self.in_features,)), *(self.out_shape or (self.out_features,)))
+        if self.axes is not None:
+            tail = tuple(tail[a] for a in self.axes)
+        return (*self.stack_shape, *tail)
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the logical shape."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of logical weights."""
+        return math.prod(self.stack_shape) * self.in_features * self.out_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays: codes with their padding, scales, zero points and the rest."""
+        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """`nbytes` in bits over `size`."""
+        return 8 * self.nbytes / max(self.size, 1)
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The weight as one array of `shape`, in `dtype` (default: `self.dtype`), computed in float32."""
+        from qjax.dequantize import dequantize
+
+        return dequantize(self, dtype)
+
+    def __repr__(self) -> str:
+        try:
+            shape, size = self.shape, f"{self.nbytes:,} bytes, {self.bits_per_weight:.3f} bits/weight"
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError):  # placeholders: specs, None, object()
+            fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self)[:9])
+            return f"QTensor({self.scheme}, " + ", ".join(f"{n}={v!r}" for n, v in fields if v is not None) + ")"
+        return f"QTensor({self.scheme}, shape={shape}, dtype={self.dtype.name}, {size})"
+
+    def _repr_html_(self) -> str:
+        from qjax.display import to_html
+
+        return to_html(self)
+
+    def __treescope_repr__(self, path: str, subtree_renderer: Any) -> Any:
+        from qjax.display import to_treescope
+
+        return to_treescope(self, path, subtree_renderer)
+
+
+def is_qtensor(leaf: object) -> bool:
+    """For `is_leaf=` of tree functions that should see a QTensor whole."""
+    return isinstance(leaf, QTensor)
+
+
+def scale_shape(scheme: Scheme, n: int, k: int) -> tuple[int, int]:
+    """Shape of the scales of an `[N, K]` tensor."""
+    block_n, block_k = scheme.block
+    return (1 if block_n is None else -(-n // block_n), 1 if block_k is None else -(-k // block_k))
+
+
+def k_pieces(k: int, bits: int, pieces: int) -> tuple[int, int]:
+    """`QTensor.k_piece` of K cut into equal pieces, each padded on its own.
+
+    Raises:
+      QTensorError: if `pieces` does not divide K.
+    """
+    if pieces < 1 or k % pieces:
+        raise QTensorError(f"K={k} cannot be cut into k_pieces={pieces} equal pieces")
+    if bits == 8:
+        return (1, 1)
+    piece = k // pieces
+    return (piece, padded(piece)) if piece % BLOCK else (BLOCK, BLOCK)
+
+
+def _want(where: str, field: str, got: Any, shape: Sequence[int], dtypes: tuple[str, ...] | None = None) -> None:
+    if tuple(got.shape) != tuple(shape):
+        raise QTensorError(f"{where}: {field} has shape {tuple(got.shape)}; the codes and the scheme ask for {tuple(shape)}")
+    if dtypes is not None and np.dtype(got.dtype).name not in dtypes:
+        raise QTensorError(f"{where}: {field} has dtype {np.dtype(got.dtype).name}; allowed: {', '.join(dtypes)}")
+
+
+_FLOATS = ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e8m0fnu")
+
+
+def validate_qtensor(w: QTensor, where: str = "QTensor") -> QTensor:
+    """Checks that a QTensor's arrays agree with each other and with its scheme; returns it.
+
+    Args:
+      w: arrays or ShapeDtypeStructs; values are not looked at.
+      where: the path that errors name.
+
+    Raises:
+      QTensorError: naming the field, its shape or dtype, and the one that would be right.
+    """
+    packed, form = w.packed, w.scheme.format
+    _want(where, "packed", packed, packed.shape, ("uint32",) if w.is_packed else (form.dtype.name,))
+    rank = 3 if w.is_packed else 2
+    if len(packed.shape) < rank or (w.is_packed and packed.shape[-1] != 4 * form.bits):
+        tail = f"N, K/128, {4 * form.bits}" if w.is_packed else "N, K"
+        raise QTensorError(f"{where}: packed has shape {tuple(packed.shape)}; {w.scheme} asks for [..., {tail}]")
+    stored = packed.shape[-2] * BLOCK if w.is_packed else packed.shape[-1]
+    logical, piece = w.k_piece
+    if logical < 1 or piece < 1 or stored % piece or piece != (padded(logical) if w.is_packed else logical):
+        raise QTensorError(f"{where}: k_piece={w.k_piece} does not fit packed of {stored} codes a row")
+    stack, n, k = w.stack_shape, w.out_features, w.in_features
+    rows, columns = scale_shape(w.scheme, n, k)
+    if isinstance(w.scale, QTensor):
+        validate_qtensor(w.scale, f"{where}.scale")
+        _want(where, "scale", w.scale, (*stack, columns, rows))
+    else:
+        _want(where, "scale", w.scale, (*stack, rows, columns), _FLOATS)
+    if w.zero_point is not None:
+        _want(where, "zero_point", w.zero_point, (*stack, rows, columns), ("int8", "float16", "bfloat16", "float32"))
+    if w.global_scale is not None and tuple(w.global_scale.shape) != (*stack, n):
+        _want(where, "global_scale", w.global_scale, stack, ("float32",))
+    if w.codebook is not None:
+        _want(where, "codebook", w.codebook, (*stack, 2**form.bits), ("float32",))
+    for field, shape in (("offset", stack), ("act_scale", stack), ("input_perm", (*stack, k)), ("input_scale", (*stack, k))):
+        if getattr(w, field) is not None:
+            _want(where, field, getattr(w, field), shape, ("int32",) if field == "input_perm" else None)
+    if math.prod(w.in_shape or (k,)) != k or math.prod(w.out_shape or (n,)) != n:
+        raise QTensorError(f"{where}: in_shape={w.in_shape}, out_shape={w.out_shape} do not multiply to K={k}, N={n}")
+    return w
+
+
+def concat_rows(parts: Sequence[QTensor]) -> QTensor:
+    """Merges QTensors that meet the same x (q, k and v; gate and up) along N, without touching a code.
+
+    Scales of a whole tensor, global ones too, become scales of rows; a missing zero point is filled in where another
+    part has one.
+
+    Args:
+      parts: of one scheme, K, dtype and stack; `[..., K, N_i]`.
+
+    Returns:
+      `[..., K, sum(N_i)]`.
+
+    Raises:
+      QTensorError: where the parts cannot share one tensor, with the field that differs.
+    """
+    first = parts[0]
+    for i, part in enumerate(parts):
+        for field in ("scheme", "k_piece", "dtype", "stack_shape", "in_features"):
+            if getattr(part, field) != getattr(first, field):
+                raise QTensorError(f"part {i} differs in {field}: {getattr(part, field)} and {getattr(first, field)}")
+        for field in ("input_perm", "input_scale", "act_scale", "codebook", "offset"):
+            mine, theirs = getattr(part, field), getattr(first, field)
+            if mine is not theirs and (mine is None or theirs is None or not bool(jnp.array_equal(mine, theirs))):
+                raise QTensorError(f"part {i} differs from part 0 in {field}: they need different x")
+    return dataclasses.replace(first, **_merged(parts), out_shape=None, axes=None)
+
+
+def _merged(parts: Sequence[QTensor]) -> dict[str, Any]:
+    """The arrays of `concat_rows`, and the scheme where its block grows rows."""
+    first = parts[0]
+    scheme, axis = first.scheme, len(first.stack_shape)
+    cat = functools.partial(jnp.concatenate, axis=axis)
+    if any(isinstance(p.scale, QTensor) for p in parts):
+        raise QTensorError("parts with double-quantized scales cannot be merged: their blocks run over rows")
+    block_n = scheme.block[0]
+    if block_n is not None and block_n > 1 and any(p.out_features % block_n for p in parts[:-1]):
+        raise QTensorError(f"parts of N={[p.out_features for p in parts]} cut blocks of {block_n} rows")
+
+    def by_row(part: QTensor, leaf: jax.Array) -> jax.Array:
+        if block_n is not None:
+            return leaf
+        return jnp.broadcast_to(leaf, (*leaf.shape[:-2], part.out_features, leaf.shape[-1]))
+
+    def zero(part: QTensor) -> jax.Array:
+        if part.zero_point is not None:
+            return part.zero_point
+        return jnp.full(part.scale.shape, scheme.format.zero, jnp.int8)
+
+    fields: dict[str, Any] = dict(
+        packed=cat([p.packed for p in parts]), scale=cat([by_row(p, p.scale) for p in parts])  # type: ignore[arg-type]
+    )
+    if any(p.zero_point is not None for p in parts):
+        fields["zero_point"] = cat([by_row(p, zero(p)) for p in parts])
+    if first.global_scale is not None:
+        rows = [jnp.broadcast_to(p.global_scale[..., None] if p.global_scale.ndim == axis else p.global_scale,
+                                 (*p.stack_shape, p.out_features)) for p in parts]  # fmt: skip
+        fields["global_scale"] = cat(rows)
+    if block_n is None:
+        fields["scheme"] = dataclasses.replace(scheme, block=(1, scheme.block[1]))
+    return fields

@@ -1,0 +1,377 @@
+"""Scheme: how a weight is quantized, and how x is on its way in. The named constructors are the API.
+
+Every constructor's docstring states its formula. `W` is `[K, N]` as Flax stores it, stored `[N, K]`; a group runs along
+K; `round` is half to even; `amax`, `lo`, `hi` are taken over the block. On the command line and in files a scheme is
+its constructor's key in `SCHEMES` with its options: `w4a16:group_size=64,symmetric=false`.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+from qjax.errors import SchemeError
+from qjax.formats import FORMATS, Format
+
+Granularity = Literal["tensor", "channel", "block"]
+GroupSize = int | Literal["channel", "tensor"]
+Float8 = Literal["e4m3", "e5m2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """How x is quantized before the product.
+
+    Attributes:
+      format: `int8` or `e4m3`.
+      granularity: one scale a `token` (row of x), for the whole `tensor`, or for each `block` of 128 along K.
+      mode: `dynamic` (from x itself) or `static` (the QTensor's `act_scale`; per tensor).
+    """
+
+    format: Literal["int8", "e4m3"]
+    granularity: Literal["token", "tensor", "block"] = "token"
+    mode: Literal["dynamic", "static"] = "dynamic"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What a QTensor's arrays mean. Hashable, so that it can be static under `jit`.
+
+    Attributes:
+      spec: the command-line string, `w4a16:group_size=128`.
+      weight: a row of `qjax.formats.FORMATS`.
+      block: `(block_n, block_k)`, the rows and columns of `[N, K]` that share a scale; None is the whole axis.
+      scale_dtype: dtype of new scales; `float8_e8m0fnu` makes them powers of two (MX).
+      symmetric: integers only: whether zero points are left out.
+      global_scale: whether block scales are relative to one of the tensor (NVFP4).
+      nested: block of double quantization of the scales, in scales; None for none.
+      activation: how x is quantized; None leaves it alone.
+    """
+
+    spec: str
+    weight: str
+    block: tuple[int | None, int | None] = (1, None)
+    scale_dtype: str = "float32"
+    symmetric: bool = True
+    global_scale: bool = False
+    nested: int | None = None
+    activation: Activation | None = None
+
+    @property
+    def format(self) -> Format:
+        """The weight's element format."""
+        return FORMATS[self.weight]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored code, scales not counted."""
+        return self.format.bits
+
+    def __str__(self) -> str:
+        return self.spec
+
+
+def _spec(name: str, options: dict[str, Any]) -> str:
+    """`name:key=value,...` of the options given; booleans in lower case."""
+    text = ",".join(f"{k}={str(v).lower()}" for k, v in options.items())
+    return f"{name}:{text}" if text else name
+
+
+def _changed(name: str, options: dict[str, Any], always: tuple[str, ...] = ()) -> str:
+    """The canonical spec of a constructor: options in `always`, and those that differ from the default."""
+    defaults = {k: p.default for k, p in inspect.signature(SCHEMES[name]).parameters.items()}
+    return _spec(name, {k: v for k, v in options.items() if k in always or v != defaults[k]})
+
+
+def _int_block(name: str, group_size: GroupSize) -> tuple[int | None, int | None]:
+    if group_size in (-1, "channel"):
+        return (1, None)
+    if group_size == "tensor":
+        return (None, None)
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1:
+        raise SchemeError(f"{name}: group_size={group_size!r}; allowed: a positive integer, -1 (per channel), 'channel', 'tensor'")
+    return (1, group_size)
+
+
+def _choice(name: str, option: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise SchemeError(f"{name}: {option}={value!r}; allowed: {', '.join(map(repr, allowed))}")
+
+
+def _int_scheme(
+    name: str, bits: int, group_size: GroupSize, symmetric: bool, scale_dtype: str | None, activation: Activation | None
+) -> Scheme:
+    block = _int_block(name, group_size)
+    _choice(name, "symmetric", symmetric, (True, False))
+    _choice(name, "scale_dtype", scale_dtype, (None, "float16", "bfloat16", "float32"))
+    given = dict(group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    if group_size in (-1, "channel"):
+        given["group_size"] = -1
+    if activation is not None:
+        given |= dict(activation=activation.granularity, mode=activation.mode)
+    return Scheme(
+        _changed(name, given, always=("group_size",) if block[1] else ()),
+        f"int{bits}",
+        block,
+        scale_dtype or ("float16" if block[1] else "float32"),
+        symmetric,
+        activation=activation,
+    )
+
+
+def W8A16(group_size: GroupSize = -1, symmetric: bool = True, scale_dtype: str | None = None) -> Scheme:
+    """Integer weights of 8 bits, x left alone.
+
+    Symmetric: `s = max|w| / 127` (1 if 0), `code = clip(round(w / s), -128, 127)`, `w' = code * s`.
+    Asymmetric: as `W4A16`, with 255 for 15, and codes and zero points stored minus 128.
+
+    Args:
+      group_size: elements of K that share a scale; -1 (or "channel") one scale an output channel; "tensor" one in all.
+      symmetric: False adds a zero point to each group.
+      scale_dtype: default float16 for groups (w is divided by the rounded scale; float32 where a scale would be
+        subnormal or infinite) and float32 per channel and per tensor.
+
+    Raises:
+      SchemeError: for an option outside these. A group that does not divide K is found when a weight is quantized.
+    """
+    return _int_scheme("w8a16", 8, group_size, symmetric, scale_dtype, None)
+
+
+def W6A16(group_size: GroupSize = 128, symmetric: bool = True, scale_dtype: str | None = None) -> Scheme:
+    """Integer weights of 6 bits, x left alone; formulas and arguments of `W4A16` with 31 for 7 and 63 for 15."""
+    return _int_scheme("w6a16", 6, group_size, symmetric, scale_dtype, None)
+
+
+def W5A16(group_size: GroupSize = 128, symmetric: bool = True, scale_dtype: str | None = None) -> Scheme:
+    """Integer weights of 5 bits, x left alone; formulas and arguments of `W4A16` with 15 for 7 and 31 for 15."""
+    return _int_scheme("w5a16", 5, group_size, symmetric, scale_dtype, None)
+
+
+def W4A16(group_size: GroupSize = 128, symmetric: bool = True, scale_dtype: str | None = None) -> Scheme:
+    """Integer weights of 4 bits, x left alone.
+
+    Symmetric: `s = max|w| / 7` (1 if 0), `q = clip(round(w / s), -8, 7)`, `w' = q * s`; the code stored is `q + 8`.
+    Asymmetric: `lo = min(w, 0)`, `hi = max(w, 0)`, `s = (hi - lo) / 15` (1 if 0), `z = clip(round(-lo / s), 0, 15)`,
+    `code = clip(round(w / s) + z, 0, 15)`, `w' = (code - z) * s`.
+    Source: Jacob et al., Quantization and Training of Neural Networks (2018), section 2.1, on groups of K.
+
+    Args and errors as `W8A16`.
+    """
+    return _int_scheme("w4a16", 4, group_size, symmetric, scale_dtype, None)
+
+
+def W3A16(group_size: GroupSize = 128, symmetric: bool = True, scale_dtype: str | None = None) -> Scheme:
+    """Integer weights of 3 bits, x left alone; formulas and arguments of `W4A16` with 3 for 7 and 7 for 15."""
+    return _int_scheme("w3a16", 3, group_size, symmetric, scale_dtype, None)
+
+
+def W2A16(group_size: GroupSize = 64, symmetric: bool = False, scale_dtype: str | None = None) -> Scheme:
+    """Integer weights of 2 bits, x left alone; formulas and arguments of `W4A16` with 1 for 7 and 3 for 15."""
+    return _int_scheme("w2a16", 2, group_size, symmetric, scale_dtype, None)
+
+
+def _int8_activation(name: str, activation: str, mode: str) -> Activation:
+    _choice(name, "activation", activation, ("token", "tensor"))
+    _choice(name, "mode", mode, ("dynamic", "static"))
+    return Activation("int8", "tensor" if mode == "static" else activation, mode)  # type: ignore[arg-type]
+
+
+def W8A8Int8(
+    group_size: GroupSize = -1,
+    symmetric: bool = True,
+    scale_dtype: str | None = None,
+    activation: Literal["token", "tensor"] = "token",
+    mode: Literal["dynamic", "static"] = "dynamic",
+) -> Scheme:
+    """Integer weights of 8 bits as `W8A16`, and x in int8.
+
+    `s_x = max|x| / 127` over a token (or the tensor), 1 if 0; `x' = clip(round(x / s_x), -128, 127) * s_x`.
+    Source: Dettmers et al., LLM.int8 (2022), vector-wise quantization without the outlier part.
+
+    Args:
+      activation: one scale a "token" or for the whole "tensor".
+      mode: "static" takes the scale from the QTensor's `act_scale`, per tensor.
+      group_size, symmetric, scale_dtype: as `W8A16`.
+    """
+    return _int_scheme("w8a8_int8", 8, group_size, symmetric, scale_dtype, _int8_activation("w8a8_int8", activation, mode))
+
+
+def W4A8Int8(
+    group_size: GroupSize = 128,
+    symmetric: bool = True,
+    scale_dtype: str | None = None,
+    activation: Literal["token", "tensor"] = "token",
+    mode: Literal["dynamic", "static"] = "dynamic",
+) -> Scheme:
+    """Integer weights of 4 bits as `W4A16`, and x in int8 as `W8A8Int8`."""
+    return _int_scheme("w4a8_int8", 4, group_size, symmetric, scale_dtype, _int8_activation("w4a8_int8", activation, mode))
+
+
+_FP8_BLOCKS: dict[str, tuple[int | None, int | None]] = {"tensor": (None, None), "channel": (1, None), "block": (128, 128)}
+
+
+def FP8(format: Float8 = "e4m3", granularity: Granularity = "channel") -> Scheme:
+    """FP8 weights, x left alone.
+
+    `s = max|w| / fmax` over the unit (1 if 0), `code = fp8(clip(w / s, -fmax, fmax))` to nearest, half to even,
+    `w' = code * s`; fmax is 448 (e4m3) or 57344 (e5m2). Source: OFP8 1.0; Micikevicius et al., FP8 Formats (2022).
+
+    Args:
+      format: "e4m3" (finite, no infinities) or "e5m2".
+      granularity: one float32 scale for the "tensor", each output "channel", or each 128 x 128 "block".
+    """
+    _choice("fp8", "format", format, ("e4m3", "e5m2"))
+    _choice("fp8", "granularity", granularity, tuple(_FP8_BLOCKS))
+    return Scheme(_changed("fp8", dict(format=format, granularity=granularity)), format, _FP8_BLOCKS[granularity])
+
+
+def W8A8FP8(
+    format: Float8 = "e4m3",
+    granularity: Granularity = "channel",
+    activation: Literal["token", "tensor", "block"] = "token",
+    mode: Literal["dynamic", "static"] = "dynamic",
+) -> Scheme:
+    """FP8 weights as `FP8`, and x in e4m3.
+
+    `s_x = max|x| / 448` over a token, the tensor, or 128 elements of K of a token (1 if 0);
+    `x' = e4m3(clip(x / s_x, -448, 448)) * s_x`.
+
+    Args:
+      activation: one scale a "token", for the "tensor", or for each "block" of 128 along K.
+      mode: "static" takes the scale from the QTensor's `act_scale`, per tensor.
+      format, granularity: as `FP8`.
+    """
+    scheme = FP8(format, granularity)
+    _choice("w8a8_fp8", "activation", activation, ("token", "tensor", "block"))
+    _choice("w8a8_fp8", "mode", mode, ("dynamic", "static"))
+    x = Activation("e4m3", "tensor" if mode == "static" else activation, mode)
+    given = dict(format=format, granularity=granularity, activation=x.granularity, mode=mode)
+    return dataclasses.replace(scheme, spec=_changed("w8a8_fp8", given), activation=x)
+
+
+def _codebook_scheme(name: str, block_size: int, double_quant: bool) -> Scheme:
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise SchemeError(f"{name}: block_size={block_size!r}; allowed: a positive integer")
+    _choice(name, "double_quant", double_quant, (True, False))
+    spec = _changed(name, dict(block_size=block_size, double_quant=double_quant))
+    return Scheme(spec, name, (1, block_size), nested=256 if double_quant else None)
+
+
+def NF4(block_size: int = 64, double_quant: bool = False) -> Scheme:
+    """NormalFloat of 4 bits: `a = max|w|` over the block, `code` of the nearest NF4 value to `w / a`, `w' = nf4[code] * a`.
+
+    With `double_quant`, scales are stored in 8 bits: `o` their mean over the tensor, `r = a - o` in blocks of up to 256
+    (`256 // G` rows of G scales), `a2 = max|r|`, `c` the nearest value of bitsandbytes' signed dynamic map to `r / a2`,
+    `a' = map[c] * a2 + o`; codes are made with the exact `a`.
+    Source: Dettmers et al., QLoRA (2023), sections 3 and E.
+    """
+    return _codebook_scheme("nf4", block_size, double_quant)
+
+
+def FP4(block_size: int = 64, double_quant: bool = False) -> Scheme:
+    """bitsandbytes' FP4: as `NF4` with the values 0, 0.0052, 1/6, 1/4, 1/3, 1/2, 2/3, 1 and their negatives."""
+    return _codebook_scheme("fp4", block_size, double_quant)
+
+
+def MXFP4() -> Scheme:
+    """MXFP4: blocks of 32 along K, `e = floor(log2(max|w|)) - 2`, scale `2^e` in e8m0 (0 in a block of zeros is 2^-127),
+    `code = e2m1(w / 2^e)` to nearest, half to even, saturating at 6. Source: OCP MX 1.0, sections 5.3 and 6.3."""
+    return Scheme("mxfp4", "e2m1", (1, 32), "float8_e8m0fnu")
+
+
+def MXFP8(format: Float8 = "e4m3") -> Scheme:
+    """MXFP8: as `MXFP4` with e4m3 (emax 8, saturating at 448) or e5m2 (emax 15, 57344). Source: OCP MX 1.0."""
+    _choice("mxfp8", "format", format, ("e4m3", "e5m2"))
+    return Scheme(_changed("mxfp8", dict(format=format)), format, (1, 32), "float8_e8m0fnu")
+
+
+def NVFP4() -> Scheme:
+    """NVFP4: `g = max|W| / (448 * 6)` over the tensor (1 if 0), float32; per block of 16 along K
+    `sb = e4m3(max|w| / 6 / g)`, `code = e2m1(w / (sb * g))` to nearest, half to even, saturating at 6 (all codes 0 where sb is 0),
+    `w' = e2m1[code] * sb * g`. Source: NVIDIA, Pretraining LLMs with NVFP4 (2025), appendix B."""
+    return Scheme("nvfp4", "e2m1", (1, 16), "float8_e4m3fn", global_scale=True)
+
+
+SCHEMES: dict[str, Callable[..., Scheme]] = {
+    "w8a16": W8A16,
+    "w6a16": W6A16,
+    "w5a16": W5A16,
+    "w4a16": W4A16,
+    "w3a16": W3A16,
+    "w2a16": W2A16,
+    "w8a8_int8": W8A8Int8,
+    "w4a8_int8": W4A8Int8,
+    "fp8": FP8,
+    "w8a8_fp8": W8A8FP8,
+    "nf4": NF4,
+    "fp4": FP4,
+    "mxfp4": MXFP4,
+    "mxfp8": MXFP8,
+    "nvfp4": NVFP4,
+}
+
+
+def _option(name: str, key: str, text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.lstrip("-").isdigit():
+        return int(text)
+    if not text:
+        raise SchemeError(f"{name}: option {key} has no value; write {key}=VALUE")
+    return None if text.lower() == "none" else text
+
+
+def parse_scheme(text: str) -> Scheme:
+    """The scheme that a command line names: `w4a16`, `w4a16:group_size=64,symmetric=false`.
+
+    Raises:
+      SchemeError: for an unknown name or option, naming the known ones.
+    """
+    name, _, rest = text.strip().partition(":")
+    if name.lower() not in SCHEMES:
+        raise SchemeError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}")
+    make = SCHEMES[name.lower()]
+    allowed = list(inspect.signature(make).parameters)
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        key = key.strip()
+        if key not in allowed:
+            raise SchemeError(f"{name}: unknown option {key!r}; known: {', '.join(allowed) or 'none'}")
+        if key in options:
+            raise SchemeError(f"{name}: option {key} is given twice")
+        options[key] = _option(name, key, value.strip())
+    return make(**options)
+
+
+def as_scheme(scheme: "Scheme | str | None") -> Scheme | None:
+    """A scheme from itself, its command-line string, or None."""
+    if scheme is None or isinstance(scheme, Scheme):
+        return scheme
+    if isinstance(scheme, str):
+        return parse_scheme(scheme)
+    raise SchemeError(f"a scheme is a qjax.Scheme, its string or None; got {type(scheme).__name__}")
+
+
+def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
+    """The scheme as JSON values, for files."""
+    return dataclasses.asdict(scheme)
+
+
+def scheme_from_dict(fields: dict[str, Any]) -> Scheme:
+    """A scheme back from `scheme_to_dict`.
+
+    Raises:
+      SchemeError: for fields that no scheme has, or an unknown weight format.
+    """
+    try:
+        given = dict(fields)
+        given["block"] = tuple(given["block"])
+        if given.get("activation") is not None:
+            given["activation"] = Activation(**given["activation"])
+        scheme = Scheme(**given)
+    except (TypeError, KeyError, ValueError) as error:
+        raise SchemeError(f"not a stored scheme: {fields!r} ({error})") from error
+    if scheme.weight not in FORMATS or len(scheme.block) != 2:
+        raise SchemeError(f"not a stored scheme: {fields!r}; weight formats: {', '.join(FORMATS)}")
+    return scheme
