@@ -17,7 +17,7 @@ def e8m0_to_float(scale: jax.Array) -> jax.Array:
 
 
 def expand_blocks(scale: jax.Array, n: int, k: int, block: tuple[int | None, int | None]) -> jax.Array:
-    """Repeats a value a block over its block: `[..., R, C]` -> `[..., N, K]` (or with axes of size 1, which broadcast)."""
+    """A value a block -> a value a weight: `[..., R, C]` -> `[..., N, K]`; axes of size 1 stay, and broadcast."""
     for axis, size, length in ((-2, block[0], n), (-1, block[1], k)):
         if scale.shape[axis] != 1 and size not in (None, 1):
             scale = jnp.repeat(scale, size, axis=axis, total_repeat_length=scale.shape[axis] * size)

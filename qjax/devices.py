@@ -134,12 +134,8 @@ _L4 = _tera(
     float32=30.3, float16=121, bfloat16=121, tf32=60,
     e4m3=242.5, e5m2=242.5, int8=242.5, int4=485,
 )  # fmt: skip
-_H100_PCIE = _tera(
-    float32=51.2, float16=756, bfloat16=756, tf32=378, e4m3=1513, e5m2=1513, int8=1513
-)
-_HOPPER_SXM = _tera(
-    float32=66.9, float16=989.4, bfloat16=989.4, tf32=494.7, e4m3=1978.9, e5m2=1978.9, int8=1978.9
-)
+_H100_PCIE = _tera(float32=51.2, float16=756, bfloat16=756, tf32=378, e4m3=1513, e5m2=1513, int8=1513)
+_HOPPER_SXM = _tera(float32=66.9, float16=989.4, bfloat16=989.4, tf32=494.7, e4m3=1978.9, e5m2=1978.9, int8=1978.9)
 _B200 = _tera(
     float32=75, float16=2250, bfloat16=2250, tf32=1100,
     e4m3=4500, e5m2=4500, int8=4500, e3m2=4500, e2m3=4500, e2m1=9000,
@@ -233,9 +229,7 @@ def find_device(name_or_kind: str) -> Device:
     return row
 
 
-def estimate_device(
-    kind: str, platform: str, *, cc: int = 0, sms: int = 0, memory: int = 0
-) -> Device:
+def estimate_device(kind: str, platform: str, *, cc: int = 0, sms: int = 0, memory: int = 0) -> Device:
     """A row for a device that the table lacks, `estimated=True`.
 
     Formats and shared memory are those of the newest architecture up to `cc`; rates and bandwidth
@@ -252,9 +246,7 @@ def estimate_device(
         cc=cc,
         shared=shared,
         rates=tuple(
-            (format, rate * share)
-            for format, rate in nearest.rates
-            if format in shared.formats or format == "float32"
+            (format, rate * share) for format, rate in nearest.rates if format in shared.formats or format == "float32"
         ),
         bandwidth=nearest.bandwidth * share,
         memory=memory or nearest.memory,
@@ -314,9 +306,7 @@ def _from_mesh(described: jax.sharding.AbstractDevice) -> Device:
         if device.device_kind == described.device_kind:
             return from_jax(device)
     row = _ROWS.get(_key(described.device_kind))
-    return row or estimate_device(
-        described.device_kind, described.platform or "gpu", sms=described.num_cores or 0
-    )
+    return row or estimate_device(described.device_kind, described.platform or "gpu", sms=described.num_cores or 0)
 
 
 def compute_dtype(device: Device) -> np.dtype:

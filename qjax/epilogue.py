@@ -15,7 +15,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def apply_epilogue(
-    y: jax.Array, bias: jax.Array | None, activation: str | None, residual: jax.Array | None, out_dtype: jnp.dtype
+    y: jax.Array,
+    bias: jax.Array | None,
+    activation: str | None,
+    residual: jax.Array | None,
+    out_dtype: jnp.dtype,
 ) -> jax.Array:
     """`(residual + activation(y + bias))` rounded once.
 

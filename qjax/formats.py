@@ -102,11 +102,14 @@ def codebook_thresholds(name: str) -> tuple[np.ndarray, np.ndarray]:
       the code `codes[i]`. The format's `ties` are built in: a threshold that is a midpoint exactly belongs to the
       upper neighbour or, raised by one unit in the last place, to the lower one.
     """
-    row = FORMATS[name]
-    assert row.codebook is not None, name
+    row, book = FORMATS[name], FORMATS[name].codebook
+    assert book is not None, name
     # Of two codes with one value (+0 and -0) the lower is the one that encoding gives.
-    codes = sorted({v: c for c, v in reversed(list(enumerate(row.codebook)))}.values(), key=lambda c: row.codebook[c])
-    values = np.array([row.codebook[c] for c in codes], np.float32).astype(np.float64)
+    codes = sorted(
+        {v: c for c, v in reversed(list(enumerate(book)))}.values(),
+        key=lambda c: book[c],
+    )
+    values = np.array([book[c] for c in codes], np.float32).astype(np.float64)
     middles = (values[:-1] + values[1:]) / 2
     up = {
         "lower": np.zeros(len(middles), bool),

@@ -1,7 +1,6 @@
 """From a QTensor on one device to a kernel that knows arrays only: builds the `Problem`, asks dispatch, calls."""
 
 import functools
-import importlib
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 
 from qjax import devices, reference
 from qjax.activations import Rows
-from qjax.dispatch.choose import choose
+from qjax.dispatch.choose import choose, load
 from qjax.dispatch.problem import Problem
 from qjax.epilogue import apply_epilogue
 from qjax.qtensor import QTensor
@@ -97,7 +96,7 @@ def call_kernel(
         wide = None if bias is None else bias[..., None, :]
         return apply_epilogue(y, wide, activation, residual, out_dtype)
     kernel = functools.partial(
-        importlib.import_module(choice.route.module).matmul,
+        load(choice.route).matmul,
         activation=activation,
         out_dtype=out_dtype,
         transposed=transposed,

@@ -10,10 +10,10 @@ a plane of b bits (b = 1, 2, 4) has 4*b words, and the code of k lies in
 
     word  b*c + t // (16/b)    at bit    16*l + b*(t % (16/b))
 
-so that for 4 bits the thread of column c reads words 4c..4c+3, and `(word >> 4*(2s+h)) & 0x000f000f` is a pair (l = 0, 1)
-of its operand. Widths that are no power of two are planes one after another inside the block, low bits in the wide one:
-3 bits are a plane of 2 and one of 1. No code straddles a word. Blocks are an axis of their own: a shard that cuts one is
-an error of shape and not a wrong answer.
+so that for 4 bits the thread of column c reads words 4c..4c+3, and `(word >> 4*(2s+h)) & 0x000f000f` is a pair (l = 0,
+1) of its operand. Widths that are no power of two are planes one after another inside the block, low bits in the wide
+one: 3 bits are a plane of 2 and one of 1. No code straddles a word. Blocks are an axis of their own: a shard that cuts
+one is an error of shape and not a wrong answer.
 """
 
 import jax

@@ -65,8 +65,8 @@ def _frozen(w: QTensor, act_scale: Any) -> Any:
     for leaf in jax.tree.leaves((w, act_scale), is_leaf=_is_primal):
         if leaf.perturbed:
             raise TypeError(
-                "a QTensor has no gradient: its codes are integers. Differentiate with respect to x, a bias or adapters "
-                "beside it (QLoRA), or train the float kernel (QAT)"
+                "a QTensor has no gradient: its codes are integers. Differentiate with respect to x, a bias or "
+                "adapters beside it (QLoRA), or train the float kernel (QAT)"
             )
     return _values((w, act_scale))
 
@@ -158,14 +158,20 @@ def _check(x: Any, w: Any, bias: Any, activation: str | None, residual: Any) -> 
         want = ", ".join(map(str, (*stack, "...", w.in_features)))
         raise QTensorError(f"x of shape {tuple(x.shape)} does not meet a weight of shape {w.shape}: x must be [{want}]")
     if bias is not None and tuple(bias.shape) != (*stack, w.out_features):
-        raise QTensorError(f"bias of shape {tuple(bias.shape)} for a weight of shape {w.shape}: {(*stack, w.out_features)}")
+        raise QTensorError(
+            f"bias of shape {tuple(bias.shape)} for a weight of shape {w.shape}: {(*stack, w.out_features)}"
+        )
     if residual is not None and tuple(residual.shape) != (*x.shape[:-1], w.out_features):
-        raise QTensorError(f"residual of shape {tuple(residual.shape)}; the product has {(*x.shape[:-1], w.out_features)}")
+        raise QTensorError(
+            f"residual of shape {tuple(residual.shape)}; the product has {(*x.shape[:-1], w.out_features)}"
+        )
     if activation is not None and activation not in ACTIVATIONS:
         raise QTensorError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     quantize = w.scheme.activation
     if quantize is not None and quantize.mode == "static" and w.act_scale is None:
-        raise QTensorError(f"{w.scheme} quantizes x with a static scale, and the QTensor of shape {w.shape} has no act_scale")
+        raise QTensorError(
+            f"{w.scheme} quantizes x with a static scale, and the QTensor of shape {w.shape} has no act_scale"
+        )
 
 
 def matmul(
@@ -180,8 +186,8 @@ def matmul(
 ) -> jax.Array:
     """`residual + activation(x @ w + bias)`, accumulated in float32 and rounded once.
 
-    Works under jit, vmap (of x, of stacked weights, of both), grad with respect to x, bias and residual, checkpoint, scan,
-    and on Auto, Explicit and Manual meshes.
+    Works under jit, vmap (of x, of stacked weights, of both), grad with respect to x, bias and residual, checkpoint,
+    scan, and on Auto, Explicit and Manual meshes.
 
     Args:
       x: float32, bfloat16 or float16 `[*stack, ..., K]`; any leading axes, also of length 0.
@@ -220,7 +226,7 @@ def matmul(
 
 
 def _vary_like(x: jax.Array, leaves: list[jax.Array]) -> jax.Array:
-    """Inside a shard_map: x marked as varying over the mesh axes that the weight varies over, so that gradients add up."""
+    """Inside a shard_map: x marked as varying over the mesh axes of the weight, so that its gradients add."""
     varying = frozenset().union(*(jax.typeof(a).vma for a in leaves))
     missing = tuple(sorted(varying - jax.typeof(x).vma))
     return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -1,9 +1,9 @@
 """How a product is cut over a mesh: names for the axes of its operands, and from where `packed` lies, specs for all.
 
-Every array of a product carries axes `b0.. | m0.. | n | k` (stack, rows of x, outputs, contraction; K counts elements in
-x, blocks of 128 in `packed`, groups in scales: one name, since a cut cuts all alike). The codes decide: rows of x give up
-a mesh axis that the weight is cut by, unless the packed fields weigh less than x; then they are gathered instead. A
-dequantized weight never moves.
+Every array of a product carries axes `b0.. | m0.. | n | k` (stack, rows of x, outputs, contraction; K counts elements
+in x, blocks of 128 in `packed`, groups in scales: one name, since a cut cuts all alike). The codes decide: rows of x
+give up a mesh axis that the weight is cut by (FSDP), unless the packed fields weigh less than x; then they are gathered
+instead. A dequantized weight never moves.
 """
 
 import dataclasses
@@ -66,7 +66,14 @@ def weight_axes(w: QTensor, stack: Labels) -> tuple[Labels, ...]:
 
 
 def product_axes(
-    w: QTensor, *, stack: int, rows: int, transposed: bool, x_scale: bool, bias: bool, residual: bool
+    w: QTensor,
+    *,
+    stack: int,
+    rows: int,
+    transposed: bool,
+    x_scale: bool,
+    bias: bool,
+    residual: bool,
 ) -> Axes:
     """Axis names of every array of a product with `stack` leading axes and `rows` row axes of x."""
     b: Labels = tuple(f"b{i}" for i in range(stack))
@@ -89,11 +96,14 @@ def shardy_rule(axes: Axes, shapes: Sequence[tuple[int, ...]]) -> SdyShardingRul
 
     def mapping(labels: Labels, shape: tuple[int, ...]) -> ArrayMapping:
         return ArrayMapping(
-            *(next(fresh) if n is None or (d == 1 and longest[n] > 1) else n for n, d in zip(labels, shape, strict=True))
+            *(
+                next(fresh) if n is None or (d == 1 and longest[n] > 1) else n
+                for n, d in zip(labels, shape, strict=True)
+            )
         )
 
     operands = tuple(mapping(n, s) for n, s in zip(axes.operands, shapes, strict=True))
-    result = ArrayMapping(*axes.result)  # type: ignore[arg-type]
+    result = ArrayMapping(*axes.result)
     return SdyShardingRule(operands, (result,), reduction_factors=(axes.inner,))
 
 
@@ -123,7 +133,11 @@ def spec_of(labels: Labels, shape: tuple[int, ...], cut: Mapping[str, Names]) ->
 
 
 def plan_product(
-    axes: Axes, leaves: Sequence[Any], specs: Sequence[PartitionSpec | None], w: QTensor, mesh: Mapping[str, int]
+    axes: Axes,
+    leaves: Sequence[Any],
+    specs: Sequence[PartitionSpec | None],
+    w: QTensor,
+    mesh: Mapping[str, int],
 ) -> Plan:
     """Specs of a product from where its operands lie.
 
@@ -146,8 +160,8 @@ def plan_product(
         if label is not None:
             cut[label] = names
     taken = {name for names in cut.values() for name in names}
-    rows = dict(zip(axes.x[0], entries(specs[0], len(leaves[0].shape)), strict=True))
-    rows = {n: names for n, names in rows.items() if n is not None and n.startswith("m")}
+    where_x = zip(axes.x[0], entries(specs[0], len(leaves[0].shape)), strict=True)
+    rows = {n: names for n, names in where_x if n is not None and n.startswith("m")}
     clash = taken & {name for names in rows.values() for name in names}
     if clash:
         weight_bytes = sum(_nbytes(a) for a in leaves[first : first + len(axes.w)])
@@ -191,12 +205,22 @@ def check_cut(w: QTensor, parts: Mapping[str, int], cut: Mapping[str, Names], wh
             raise ShardingError(f"{what}: a shard of {size // count} cuts {kind}; quantize with k_pieces={count}")
     if isinstance(w.scale, QTensor):
         rows, columns = w.scale.out_features, w.scale.in_features
-        check_cut(w.scale, {"n": parts["n"] if rows > 1 else 1, "k": parts["k"] if columns > 1 else 1}, cut, f"{where}.scale")
+        check_cut(
+            w.scale,
+            {"n": parts["n"] if rows > 1 else 1, "k": parts["k"] if columns > 1 else 1},
+            cut,
+            f"{where}.scale",
+        )
 
 
 def all_specs(w: QTensor, stack: Sequence[Any], n: Any, k: Any) -> Any:
     """A QTensor of PartitionSpecs from those of its stack axes, N and K."""
     labels = weight_axes(w, tuple(f"b{i}" for i in range(len(stack))))
-    cut = {f"b{i}": mesh_axes(e) for i, e in enumerate(stack)} | {"n": mesh_axes(n), "k": mesh_axes(k)}
+    cut = {f"b{i}": mesh_axes(e) for i, e in enumerate(stack)} | {
+        "n": mesh_axes(n),
+        "k": mesh_axes(k),
+    }
     leaves, tree = jax.tree.flatten(w)
-    return tree.unflatten([spec_of(names, tuple(a.shape), cut) for names, a in zip(labels, leaves, strict=True)])
+    return jax.tree.unflatten(
+        tree, [spec_of(names, tuple(a.shape), cut) for names, a in zip(labels, leaves, strict=True)]
+    )

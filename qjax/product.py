@@ -1,4 +1,4 @@
-"""One product for every transformation: `custom_vmap(partitioned(local kernel))`. The gradient is around it, in `matmul`.
+"""One product for every transformation: `custom_vmap(partitioned(local kernel))`; `qjax.matmul` adds the gradient.
 
 The nesting matters: a custom_vmap outside of a custom_vjp fails under `grad`. Batching x adds a row axis; batching the
 weight adds a stack axis, over which one kernel call runs. How a product is cut over devices follows from where `packed`
@@ -118,15 +118,20 @@ def _axes(call: Call, o: Operands) -> Axes:
 def _auto(call: Call, tree: Any, shapes: tuple[tuple[tuple[int, ...], np.dtype], ...]) -> Any:
     """The product under XLA's partitioner, for operands of one structure and one set of shapes."""
     leaves = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    o: Operands = tree.unflatten(leaves)
+    o: Operands = jax.tree.unflatten(tree, leaves)
     axes = _axes(call, o)
 
     def partition(mesh: Any, arguments: tuple[Operands], result: Any) -> Any:
         del result
         specs = [a.sharding.spec for a in jax.tree.leaves(arguments)]
         plan = plan_product(axes, leaves, specs, o.w, dict(mesh.shape))
-        placed = tree.unflatten([NamedSharding(mesh, spec) for spec in plan.operands])
-        return mesh, functools.partial(_one_shard, call, plan), NamedSharding(mesh, plan.result), (placed,)
+        placed = jax.tree.unflatten(tree, [NamedSharding(mesh, spec) for spec in plan.operands])
+        return (
+            mesh,
+            functools.partial(_one_shard, call, plan),
+            NamedSharding(mesh, plan.result),
+            (placed,),
+        )
 
     def whole(o: Operands) -> jax.Array:
         return _local(call, o)
@@ -145,11 +150,11 @@ def _explicit(call: Call, o: Operands, mesh: Any) -> jax.Array:
     cut = jax.shard_map(
         functools.partial(_one_shard, call, plan),
         mesh=mesh,
-        in_specs=(tree.unflatten(plan.operands),),
+        in_specs=(jax.tree.unflatten(tree, plan.operands),),
         out_specs=plan.result,
         check_vma=False,
     )
-    return cut(tree.unflatten(placed))
+    return cut(jax.tree.unflatten(tree, placed))
 
 
 def mesh_of(leaves: list[jax.Array]) -> tuple[Any, AxisType | None]:

@@ -22,7 +22,7 @@ from qjax.errors import QTensorError
 from qjax.layouts import BLOCK, padded
 from qjax.schemes import Scheme
 
-_STATIC = dict(metadata=dict(static=True))
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -44,8 +44,8 @@ class QTensor:
       act_scale: float32 `[...]`, the static scale of x.
       scheme: what the arrays mean. Static, like all below.
       dtype: what `dequantize()` returns.
-      k_piece: `(logical, padded)` length along K of one piece: of all of K, or of one shard of it; `(128, 128)` (`(1, 1)`
-        at 8 bits) where nothing is padded, since any cut between blocks is then a right one.
+      k_piece: `(logical, padded)` length along K of one piece: of all of K, or of one shard of it; `(128, 128)` where
+        nothing is padded (`(1, 1)` at 8 bits), since any cut between blocks is then a right one.
       in_shape, out_shape: K and N as several axes, where the Flax kernel has them.
       axes: order of the Flax kernel's axes among `(*in_shape, *out_shape)`, where it is another.
     """
@@ -59,12 +59,12 @@ class QTensor:
     input_perm: jax.Array | None = None
     input_scale: jax.Array | None = None
     act_scale: jax.Array | None = None
-    scheme: Scheme = dataclasses.field(**_STATIC, kw_only=True)
-    dtype: np.dtype = dataclasses.field(**_STATIC, kw_only=True, default=np.dtype("float32"))
-    k_piece: tuple[int, int] = dataclasses.field(**_STATIC, kw_only=True)
-    in_shape: tuple[int, ...] | None = dataclasses.field(**_STATIC, kw_only=True, default=None)
-    out_shape: tuple[int, ...] | None = dataclasses.field(**_STATIC, kw_only=True, default=None)
-    axes: tuple[int, ...] | None = dataclasses.field(**_STATIC, kw_only=True, default=None)
+    scheme: Scheme = dataclasses.field(metadata=_STATIC, kw_only=True)
+    dtype: np.dtype = dataclasses.field(metadata=_STATIC, kw_only=True, default=np.dtype("float32"))
+    k_piece: tuple[int, int] = dataclasses.field(metadata=_STATIC, kw_only=True)
+    in_shape: tuple[int, ...] | None = dataclasses.field(metadata=_STATIC, kw_only=True, default=None)
+    out_shape: tuple[int, ...] | None = dataclasses.field(metadata=_STATIC, kw_only=True, default=None)
+    axes: tuple[int, ...] | None = dataclasses.field(metadata=_STATIC, kw_only=True, default=None)
 
     @property
     def is_packed(self) -> bool:
@@ -124,8 +124,16 @@ class QTensor:
 
     def __repr__(self) -> str:
         try:
-            shape, size = self.shape, f"{self.nbytes:,} bytes, {self.bits_per_weight:.3f} bits/weight"
-        except (AttributeError, TypeError, ValueError, ZeroDivisionError):  # placeholders: specs, None, object()
+            shape, size = (
+                self.shape,
+                f"{self.nbytes:,} bytes, {self.bits_per_weight:.3f} bits/weight",
+            )
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+            ZeroDivisionError,
+        ):  # placeholders: specs, None, object()
             fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self)[:9])
             return f"QTensor({self.scheme}, " + ", ".join(f"{n}={v!r}" for n, v in fields if v is not None) + ")"
         return f"QTensor({self.scheme}, shape={shape}, dtype={self.dtype.name}, {size})"
@@ -168,7 +176,9 @@ def k_pieces(k: int, bits: int, pieces: int) -> tuple[int, int]:
 
 def _want(where: str, field: str, got: Any, shape: Sequence[int], dtypes: tuple[str, ...] | None = None) -> None:
     if tuple(got.shape) != tuple(shape):
-        raise QTensorError(f"{where}: {field} has shape {tuple(got.shape)}; the codes and the scheme ask for {tuple(shape)}")
+        raise QTensorError(
+            f"{where}: {field} has shape {tuple(got.shape)}; the codes and the scheme ask for {tuple(shape)}"
+        )
     if dtypes is not None and np.dtype(got.dtype).name not in dtypes:
         raise QTensorError(f"{where}: {field} has dtype {np.dtype(got.dtype).name}; allowed: {', '.join(dtypes)}")
 
@@ -204,14 +214,31 @@ def validate_qtensor(w: QTensor, where: str = "QTensor") -> QTensor:
     else:
         _want(where, "scale", w.scale, (*stack, rows, columns), _FLOATS)
     if w.zero_point is not None:
-        _want(where, "zero_point", w.zero_point, (*stack, rows, columns), ("int8", "float16", "bfloat16", "float32"))
+        _want(
+            where,
+            "zero_point",
+            w.zero_point,
+            (*stack, rows, columns),
+            ("int8", "float16", "bfloat16", "float32"),
+        )
     if w.global_scale is not None and tuple(w.global_scale.shape) != (*stack, n):
         _want(where, "global_scale", w.global_scale, stack, ("float32",))
     if w.codebook is not None:
         _want(where, "codebook", w.codebook, (*stack, 2**form.bits), ("float32",))
-    for field, shape in (("offset", stack), ("act_scale", stack), ("input_perm", (*stack, k)), ("input_scale", (*stack, k))):
+    for field, shape in (
+        ("offset", stack),
+        ("act_scale", stack),
+        ("input_perm", (*stack, k)),
+        ("input_scale", (*stack, k)),
+    ):
         if getattr(w, field) is not None:
-            _want(where, field, getattr(w, field), shape, ("int32",) if field == "input_perm" else None)
+            _want(
+                where,
+                field,
+                getattr(w, field),
+                shape,
+                ("int32",) if field == "input_perm" else None,
+            )
     if math.prod(w.in_shape or (k,)) != k or math.prod(w.out_shape or (n,)) != n:
         raise QTensorError(f"{where}: in_shape={w.in_shape}, out_shape={w.out_shape} do not multiply to K={k}, N={n}")
     return w
@@ -265,15 +292,20 @@ def _merged(parts: Sequence[QTensor]) -> dict[str, Any]:
             return part.zero_point
         return jnp.full(part.scale.shape, scheme.format.zero, jnp.int8)
 
+    def global_rows(part: QTensor) -> jax.Array:
+        level = part.global_scale
+        assert level is not None, "one scheme, one set of fields"
+        rows = level[..., None] if level.ndim == axis else level
+        return jnp.broadcast_to(rows, (*part.stack_shape, part.out_features))
+
     fields: dict[str, Any] = dict(
-        packed=cat([p.packed for p in parts]), scale=cat([by_row(p, p.scale) for p in parts])  # type: ignore[arg-type]
+        packed=cat([p.packed for p in parts]),
+        scale=cat([by_row(p, p.scale) for p in parts]),  # type: ignore[arg-type]
     )
     if any(p.zero_point is not None for p in parts):
         fields["zero_point"] = cat([by_row(p, zero(p)) for p in parts])
     if first.global_scale is not None:
-        rows = [jnp.broadcast_to(p.global_scale[..., None] if p.global_scale.ndim == axis else p.global_scale,
-                                 (*p.stack_shape, p.out_features)) for p in parts]  # fmt: skip
-        fields["global_scale"] = cat(rows)
+        fields["global_scale"] = cat([global_rows(p) for p in parts])
     if block_n is None:
         fields["scheme"] = dataclasses.replace(scheme, block=(1, scheme.block[1]))
     return fields

@@ -1,4 +1,4 @@
-"""Array -> QTensor, to nearest: one jitted function in float32, on the array's device. The formulas are in `qjax.schemes`."""
+"""Array -> QTensor, to nearest: one jitted function in float32, on the array's device; formulas in `qjax.schemes`."""
 
 import functools
 from typing import Any
@@ -18,7 +18,7 @@ _E4M3 = FORMATS["e4m3"]
 
 
 def _reduce_blocks(w: jax.Array, block: tuple[int | None, int | None], reduce: Any) -> jax.Array:
-    """`reduce` (jnp.max, jnp.min) of `[..., N, K]` over blocks -> `[..., R, C]`; a short last block is padded with zeros."""
+    """`reduce` (jnp.max, jnp.min) of `[..., N, K]` over blocks -> `[..., R, C]`; a short last block is zero-padded."""
     n, k = w.shape[-2:]
     block_n, block_k = block[0] or n, block[1] or k
     widths = [(0, 0)] * (w.ndim - 2) + [(0, -n % block_n), (0, -k % block_k)]
@@ -73,7 +73,11 @@ def _integer(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Arr
     wide = scale.astype(jnp.float32)
     zero = jnp.clip(jnp.round(-low / wide), 0, top)
     q = jnp.clip(jnp.round(w / spread(wide)) + spread(zero), 0, top)
-    return dict(codes=(q + shift).astype(form.dtype), scale=scale, zero_point=(zero + shift).astype(jnp.int8))
+    return dict(
+        codes=(q + shift).astype(form.dtype),
+        scale=scale,
+        zero_point=(zero + shift).astype(jnp.int8),
+    )
 
 
 def _power_of_two(amax: jax.Array, form: Format) -> jax.Array:
@@ -126,7 +130,7 @@ def _quantize(w: jax.Array, scheme: Scheme, scale_dtype: np.dtype, dtype: np.dty
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, piece[1] - piece[0])])
         codes = pack(codes.reshape(*codes.shape[:-2], k // piece[0] * piece[1]), scheme.bits)
     nested = _nested(scale, scheme.nested) if scheme.nested else scale
-    return QTensor(codes, nested, scheme=scheme, dtype=dtype, k_piece=piece, **found)
+    return QTensor(codes, nested, scheme=scheme, dtype=dtype, k_piece=piece, **found)  # type: ignore[arg-type]
 
 
 @jax.jit
@@ -138,7 +142,9 @@ def _survey(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _check_shape(where: str, w: Any, scheme: Scheme, partial_groups: bool, pieces: int) -> None:
     if not jnp.issubdtype(w.dtype, jnp.floating) or np.dtype(w.dtype).itemsize < 2:
-        raise QuantizeError(f"{where}: dtype {w.dtype} cannot be quantized; allowed: float16, bfloat16, float32, float64")
+        raise QuantizeError(
+            f"{where}: dtype {w.dtype} cannot be quantized; allowed: float16, bfloat16, float32, float64"
+        )
     if w.ndim < 2 or 0 in w.shape:
         raise QuantizeError(f"{where}: shape {tuple(w.shape)} is no kernel; (..., K, N) with K, N > 0 is")
     k, (block_n, block_k) = w.shape[-2], scheme.block
@@ -182,11 +188,9 @@ def quantize_array(
       QuantizeError: wrong rank or dtype, a group that does not divide K, NaN or inf.
     """
     scheme = as_scheme(scheme)
-    if scheme is None:
-        raise QuantizeError(f"{where}: no scheme given")
     w = jnp.asarray(w)
     _check_shape(where, w, scheme, partial_groups, k_pieces)
-    scale_dtype = np.dtype(getattr(jnp, scheme.scale_dtype))
+    scale_dtype: np.dtype = np.dtype(getattr(jnp, scheme.scale_dtype))
     if not isinstance(w, jax.core.Tracer):
         bad, good = (int(v) for v in _survey(w))
         if bad:

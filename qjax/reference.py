@@ -1,4 +1,4 @@
-"""The `xla` backend: dequantize in float32, then one float32 dot. Runs any QTensor on any device; the oracle of kernels.
+"""The `xla` backend: dequantize in float32, then one float32 dot. Any QTensor, any device; the oracle of kernels.
 
 Error: that of a float32 dot of the exactly dequantized weight, plus one rounding to the output's dtype.
 """
@@ -24,5 +24,7 @@ def matmul(x: Rows, w: QTensor, transposed: bool) -> jax.Array:
     """
     rows = rows_of_k(w)
     return jnp.matmul(
-        x.dequantize(), rows if transposed else rows.swapaxes(-1, -2), precision=jax.lax.Precision.HIGHEST
+        x.dequantize(),
+        rows if transposed else rows.swapaxes(-1, -2),
+        precision=jax.lax.Precision.HIGHEST,
     )

@@ -89,7 +89,9 @@ def _int_block(name: str, group_size: GroupSize) -> tuple[int | None, int | None
     if group_size == "tensor":
         return (None, None)
     if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1:
-        raise SchemeError(f"{name}: group_size={group_size!r}; allowed: a positive integer, -1 (per channel), 'channel', 'tensor'")
+        raise SchemeError(
+            f"{name}: group_size={group_size!r}; allowed: a positive integer, -1 (per channel), 'channel', 'tensor'"
+        )
     return (1, group_size)
 
 
@@ -99,7 +101,12 @@ def _choice(name: str, option: str, value: object, allowed: tuple[object, ...]) 
 
 
 def _int_scheme(
-    name: str, bits: int, group_size: GroupSize, symmetric: bool, scale_dtype: str | None, activation: Activation | None
+    name: str,
+    bits: int,
+    group_size: GroupSize,
+    symmetric: bool,
+    scale_dtype: str | None,
+    activation: Activation | None,
 ) -> Scheme:
     block = _int_block(name, group_size)
     _choice(name, "symmetric", symmetric, (True, False))
@@ -193,7 +200,14 @@ def W8A8Int8(
       mode: "static" takes the scale from the QTensor's `act_scale`, per tensor.
       group_size, symmetric, scale_dtype: as `W8A16`.
     """
-    return _int_scheme("w8a8_int8", 8, group_size, symmetric, scale_dtype, _int8_activation("w8a8_int8", activation, mode))
+    return _int_scheme(
+        "w8a8_int8",
+        8,
+        group_size,
+        symmetric,
+        scale_dtype,
+        _int8_activation("w8a8_int8", activation, mode),
+    )
 
 
 def W4A8Int8(
@@ -204,10 +218,21 @@ def W4A8Int8(
     mode: Literal["dynamic", "static"] = "dynamic",
 ) -> Scheme:
     """Integer weights of 4 bits as `W4A16`, and x in int8 as `W8A8Int8`."""
-    return _int_scheme("w4a8_int8", 4, group_size, symmetric, scale_dtype, _int8_activation("w4a8_int8", activation, mode))
+    return _int_scheme(
+        "w4a8_int8",
+        4,
+        group_size,
+        symmetric,
+        scale_dtype,
+        _int8_activation("w4a8_int8", activation, mode),
+    )
 
 
-_FP8_BLOCKS: dict[str, tuple[int | None, int | None]] = {"tensor": (None, None), "channel": (1, None), "block": (128, 128)}
+_FP8_BLOCKS: dict[str, tuple[int | None, int | None]] = {
+    "tensor": (None, None),
+    "channel": (1, None),
+    "block": (128, 128),
+}
 
 
 def FP8(format: Float8 = "e4m3", granularity: Granularity = "channel") -> Scheme:
@@ -222,7 +247,11 @@ def FP8(format: Float8 = "e4m3", granularity: Granularity = "channel") -> Scheme
     """
     _choice("fp8", "format", format, ("e4m3", "e5m2"))
     _choice("fp8", "granularity", granularity, tuple(_FP8_BLOCKS))
-    return Scheme(_changed("fp8", dict(format=format, granularity=granularity)), format, _FP8_BLOCKS[granularity])
+    return Scheme(
+        _changed("fp8", dict(format=format, granularity=granularity)),
+        format,
+        _FP8_BLOCKS[granularity],
+    )
 
 
 def W8A8FP8(
@@ -258,7 +287,8 @@ def _codebook_scheme(name: str, block_size: int, double_quant: bool) -> Scheme:
 
 
 def NF4(block_size: int = 64, double_quant: bool = False) -> Scheme:
-    """NormalFloat of 4 bits: `a = max|w|` over the block, `code` of the nearest NF4 value to `w / a`, `w' = nf4[code] * a`.
+    """NormalFloat of 4 bits: `a = max|w|` over the block, `code` of the NF4 value nearest to `w / a`,
+    `w' = nf4[code] * a`.
 
     With `double_quant`, scales are stored in 8 bits: `o` their mean over the tensor, `r = a - o` in blocks of up to 256
     (`256 // G` rows of G scales), `a2 = max|r|`, `c` the nearest value of bitsandbytes' signed dynamic map to `r / a2`,
@@ -274,7 +304,7 @@ def FP4(block_size: int = 64, double_quant: bool = False) -> Scheme:
 
 
 def MXFP4() -> Scheme:
-    """MXFP4: blocks of 32 along K, `e = floor(log2(max|w|)) - 2`, scale `2^e` in e8m0 (0 in a block of zeros is 2^-127),
+    """MXFP4: blocks of 32 along K, `e = floor(log2(max|w|)) - 2`, scale `2^e` in e8m0 (2^-127 in a block of zeros),
     `code = e2m1(w / 2^e)` to nearest, half to even, saturating at 6. Source: OCP MX 1.0, sections 5.3 and 6.3."""
     return Scheme("mxfp4", "e2m1", (1, 32), "float8_e8m0fnu")
 
@@ -287,8 +317,8 @@ def MXFP8(format: Float8 = "e4m3") -> Scheme:
 
 def NVFP4() -> Scheme:
     """NVFP4: `g = max|W| / (448 * 6)` over the tensor (1 if 0), float32; per block of 16 along K
-    `sb = e4m3(max|w| / 6 / g)`, `code = e2m1(w / (sb * g))` to nearest, half to even, saturating at 6 (all codes 0 where sb is 0),
-    `w' = e2m1[code] * sb * g`. Source: NVIDIA, Pretraining LLMs with NVFP4 (2025), appendix B."""
+    `sb = e4m3(max|w| / 6 / g)`, `code = e2m1(w / (sb * g))` to nearest, half to even, saturating at 6 (0 where sb is
+    0), `w' = e2m1[code] * sb * g`. Source: NVIDIA, Pretraining LLMs with NVFP4 (2025), appendix B."""
     return Scheme("nvfp4", "e2m1", (1, 16), "float8_e4m3fn", global_scale=True)
 
 
@@ -344,13 +374,13 @@ def parse_scheme(text: str) -> Scheme:
     return make(**options)
 
 
-def as_scheme(scheme: "Scheme | str | None") -> Scheme | None:
-    """A scheme from itself, its command-line string, or None."""
-    if scheme is None or isinstance(scheme, Scheme):
+def as_scheme(scheme: Scheme | str) -> Scheme:
+    """A scheme from itself or its command-line string."""
+    if isinstance(scheme, Scheme):
         return scheme
     if isinstance(scheme, str):
         return parse_scheme(scheme)
-    raise SchemeError(f"a scheme is a qjax.Scheme, its string or None; got {type(scheme).__name__}")
+    raise SchemeError(f"a scheme is a qjax.Scheme or its string; got {type(scheme).__name__}")
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:

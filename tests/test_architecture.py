@@ -289,7 +289,7 @@ def test_a_product_runs_without(lost: str, tmp_path: Path) -> None:
     program = """
 import jax.numpy as jnp, numpy as np, qjax
 w = jnp.asarray(np.random.default_rng(0).normal(size=(256, 64)), jnp.float32)
-kernel = qjax.quantize({"kernel": w}, qjax.W4A16(group_size=128))["kernel"]
+kernel = qjax.quantize_array(w, qjax.W4A16(group_size=128))
 x = jnp.ones((2, 256), jnp.float32)
 np.testing.assert_allclose(qjax.matmul(x, kernel), x @ kernel.dequantize(), rtol=1e-4, atol=1e-4)
 print(qjax.__file__)

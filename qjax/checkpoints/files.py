@@ -248,29 +248,30 @@ def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _entry(file: Path, name: str, row: Any, *, data_start: int) -> Entry:
-    def naturals(value: Any) -> bool:
-        return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
-
     where = f"{file}: tensor {name!r}"
     if not isinstance(row, dict):
         raise CheckpointError(f"{where}: expected an object in the header, got {row!r}")
-    dtype, shape, offsets = (row.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype = row.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if not naturals(shape):
-        raise CheckpointError(f"{where}: shape {shape!r} is not a list of non-negative integers")
-    if not naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(
-            f"{where}: data_offsets {offsets!r} are not [begin, end], begin <= end"
-        )
+    shape = _naturals(row.get("shape"), f"{where}: shape")
+    offsets = _naturals(row.get("data_offsets"), f"{where}: data_offsets")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where}: data_offsets {list(offsets)} are not [begin, end]")
     start, stop = offsets
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if stop - start != expected:
         raise CheckpointError(
-            f"{where}: shape {shape} of {dtype} takes {expected} bytes, "
+            f"{where}: shape {list(shape)} of {dtype} takes {expected} bytes, "
             f"its data_offsets span {stop - start}"
         )
-    return Entry(file, DTYPES[dtype], tuple(shape), data_start + start, data_start + stop)
+    return Entry(file, DTYPES[dtype], shape, data_start + start, data_start + stop)
+
+
+def _naturals(value: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise CheckpointError(f"{where} {value!r} is not a list of non-negative integers")
+    return tuple(value)
 
 
 def _check_ranges(file: Path, entries: Mapping[str, Entry], *, data_start: int, size: int) -> None:

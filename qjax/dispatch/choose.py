@@ -102,9 +102,7 @@ def choose(
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(
-    problem: Problem, device: Device, name: str, routes: tuple[Route, ...], table: tuning.Table
-) -> Choice:
+def _choose(problem: Problem, device: Device, name: str, routes: tuple[Route, ...], table: tuning.Table) -> Choice:
     selection = _select(name, device, routes)
     refused = {route.name: refusal(route, problem, device) for route in routes}
     able = [_candidate(r, problem, device, table) for r in routes if refused[r.name] is None]

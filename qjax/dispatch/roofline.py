@@ -4,8 +4,8 @@
     dequantize   fixed + (codes + scales + dense) / bandwidth
                        + max((dense + x + y) / bandwidth, operations / rate)
 
-with `dense` the weight in float32. Bandwidth and rate are the device's peaks times what a kernel was
-measured to reach of them.
+with `dense` the weight in float32. Bandwidth and rate are the device's peaks times what a kernel
+was measured to reach of them.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def efficiency(route: str, problem: Problem, device: Device) -> Efficiency:
-    """What the route was measured to reach on such a problem; `CEILING` where nobody measured it."""
+    """What the route was measured to reach on such a problem; `CEILING` where it was not."""
     rows = MEASURED.get((route, device.platform, problem.scheme.bits < 8), ())
     fitting = (row for row in rows if row.m_max is None or problem.m <= row.m_max)
     return next(fitting, CEILING)

@@ -60,9 +60,7 @@ class Table:
         """
         buckets = self._entries.get((kernel, scheme, n, k), {})
         wanted = math.log2(bucket(m))
-        return min(
-            buckets.values(), key=lambda e: (abs(math.log2(e.m) - wanted), -e.m), default=None
-        )
+        return min(buckets.values(), key=lambda e: (abs(math.log2(e.m) - wanted), -e.m), default=None)
 
 
 def bucket(m: int) -> int:
@@ -129,7 +127,7 @@ def _usable(name: str, value: Any) -> bool:
         return False
     if isinstance(value, dict):
         return all(isinstance(v, int | float | str) for v in value.values())
-    return isinstance(value, str) or bool(value > 0)
+    return value > 0 if isinstance(value, int | float) else True
 
 
 def _parse_entry(fields: Any) -> Entry:

@@ -1,4 +1,4 @@
-"""Language models to use quantized weights in: Llama and kin, from config.json to generated text."""
+"""Models to use quantized weights in: Llama and kin, from config.json to generated text."""
 
 from .generate import generate as generate
 from .kv_cache import KVCache as KVCache

@@ -86,7 +86,7 @@ def generate(
 
     tokens, cache = prefill(definition, state, ids, positions, sampling, capacity=capacity)
     for step in range(1, max_new_tokens):
-        # Dispatched before the host waits for the tokens it continues, so that a device never idles.
+        # Dispatched before the host waits for the tokens it continues: the device never idles.
         ahead, cache = decode(definition, state, tokens, cache, sampling, step)
         emit(tokens)
         if not running:
@@ -157,9 +157,7 @@ def pick(logits: jax.Array, sampling: Sampling | None, step: int | jax.Array) ->
     return jnp.take_along_axis(order, chosen, axis=-1)[:, 0].astype(jnp.int32)
 
 
-def _check_prompts(
-    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array, vocab_size: int
-) -> list[np.ndarray]:
+def _check_prompts(prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array, vocab_size: int) -> list[np.ndarray]:
     rows = [np.asarray(prompt) for prompt in prompts]
     if not rows:
         raise GenerationError("no prompts; expected at least one sequence of token ids")
@@ -170,9 +168,7 @@ def _check_prompts(
                 f"{list(row.shape)} of {row.dtype}; one prompt is a batch of one: [ids]"
             )
         if row.min() < 0 or row.max() >= vocab_size:
-            raise GenerationError(
-                f"prompt {i}: token ids {row.min()} to {row.max()}; allowed are 0 to {vocab_size - 1}"
-            )
+            raise GenerationError(f"prompt {i}: token ids {row.min()} to {row.max()}; allowed: 0 to {vocab_size - 1}")
     return rows
 
 
@@ -183,8 +179,8 @@ def _check_lengths(rows: list[np.ndarray], max_new_tokens: int, positions: int) 
     if longest + max_new_tokens > positions:
         room = max(positions - longest, 0)
         raise GenerationError(
-            f"prompt {row}: {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's "
-            f"{positions} positions; room for new tokens: {room}"
+            f"prompt {row}: {longest} tokens and max_new_tokens={max_new_tokens} exceed the "
+            f"model's {positions} positions; room for new tokens: {room}"
         )
     return longest
 
@@ -193,9 +189,7 @@ def _check_sampling(
     temperature: float, top_k: int | None, top_p: float | None, seed: int | jax.Array
 ) -> Sampling | None:
     if not 0 <= temperature < math.inf:
-        raise GenerationError(
-            f"temperature={temperature}; expected 0 (greedy) or a positive number"
-        )
+        raise GenerationError(f"temperature={temperature}; expected 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         raise GenerationError(f"top_k={top_k}; expected at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:

@@ -7,6 +7,7 @@ Statistics, softmax, rotary angles and logits are float32; everything between is
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         def linear(n_in: int, n_out: int, bias: bool) -> nnx.Linear:
-            return nnx.Linear(
-                n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
+            return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         def head_norm() -> RMSNorm:
             return RMSNorm(self.head_dim, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
@@ -89,9 +88,7 @@ class Attention(nnx.Module):
         return self.o_proj(attend(queries, keys, values, mask)), cache
 
 
-def causal_mask(
-    query_positions: jax.Array, key_positions: jax.Array, window: int | None
-) -> jax.Array:
+def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
     """Which keys a query sees, bool `[B, S, T]`: those up to itself, the last `window` of them."""
     query, key = query_positions[:, :, None], key_positions[:, None, :]
     mask = (key >= 0) & (key <= query)
@@ -125,14 +122,8 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         def linear(n_in: int, n_out: int) -> nnx.Linear:
-            return nnx.Linear(
-                n_in,
-                n_out,
-                use_bias=config.mlp_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
+            bias = config.mlp_bias
+            return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.hidden_act = config.hidden_act
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
@@ -204,19 +195,10 @@ class Llama(nnx.Module):
             DecoderLayer(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(
-            config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype
-        )
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(
-                config.hidden_size,
-                config.vocab_size,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
+        head = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else head(config.hidden_size, config.vocab_size)
 
     def __call__(
         self,
@@ -281,6 +263,4 @@ class Llama(nnx.Module):
 
     def _precision(self) -> AbstractContextManager[None]:
         """A GPU would multiply float32 in TF32 unless told otherwise."""
-        return (
-            jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else nullcontext()
-        )
+        return jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else nullcontext()

@@ -135,9 +135,7 @@ class LlamaConfig:
             qk_norm=model_type == "qwen3",
             tie_word_embeddings=keys.flag("tie_word_embeddings"),
             sliding_windows=_sliding_windows(keys, model_type, layers),
-            bos_token_id=keys.count("bos_token_id", least=0)
-            if "bos_token_id" in keys.config
-            else None,
+            bos_token_id=keys.count("bos_token_id", least=0) if "bos_token_id" in keys.config else None,
             eos_token_ids=_eos_token_ids(keys, generation_config),
             dtype=keys.choice("dtype", DTYPES, keys.get("torch_dtype", "float32")),
         )
@@ -189,9 +187,7 @@ class _Keys:
         if not isinstance(value, str):
             raise self.error(key, f"one of {names}")
         if value not in allowed:
-            raise NotImplementedError(
-                f"{self.where}: {key}={value!r} is not supported; supported: {names}"
-            )
+            raise NotImplementedError(f"{self.where}: {key}={value!r} is not supported; supported: {names}")
         return value
 
 
@@ -202,22 +198,25 @@ def _rope(keys: _Keys, head_dim: int) -> Rope:
     if not isinstance(table, Mapping):
         raise keys.error(name, "an object or null")
     positions = keys.count("max_position_embeddings")
-    outer = ("rope_theta", "partial_rotary_factor")
-    merged = {"original_max_position_embeddings": positions, "max_position_embeddings": positions}
-    merged |= {key: keys.get(key) for key in outer}
+    merged: dict[str, Any] = {"original_max_position_embeddings": positions, "max_position_embeddings": positions}
+    merged |= {key: keys.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     merged |= {key: value for key, value in table.items() if value is not None}
     if "original_max_position_embeddings" in keys.config:  # Phi-3 style: the outer one has priority
         merged["original_max_position_embeddings"] = keys.get("original_max_position_embeddings")
     merged.setdefault("rope_type", merged.get("type", "default"))
     rope = _Keys(merged, f"{keys.where}: {name}")
     kind = rope.choice("rope_type", INVERSE_FREQUENCIES)
-    dim = int(head_dim * rope.number("partial_rotary_factor", 1.0)) // 2 * 2
+    if rope.number("partial_rotary_factor", 1.0) != 1:
+        raise NotImplementedError(
+            f"{rope.where}: partial_rotary_factor={rope.get('partial_rotary_factor')} is not "
+            "supported: whole heads turn in these families"
+        )
     return Rope(
         kind=kind,
         theta=rope.number("rope_theta", 10000.0),
-        dim=dim,
+        dim=head_dim,
         max_positions=positions,
-        **_SCALINGS[kind](rope, dim),
+        **_SCALINGS[kind](rope, head_dim),
     )
 
 
@@ -234,9 +233,7 @@ def _yarn_fields(rope: _Keys, dim: int) -> dict[str, Any]:
 
     attention_factor = magnitude(1.0)
     if mscale and mscale_all_dim:
-        attention_factor = magnitude(rope.number("mscale")) / magnitude(
-            rope.number("mscale_all_dim")
-        )
+        attention_factor = magnitude(rope.number("mscale")) / magnitude(rope.number("mscale_all_dim"))
     return {
         "original_positions": original,
         "factor": factor,
@@ -285,16 +282,14 @@ _SCALINGS: dict[str, Callable[[_Keys, int], dict[str, Any]]] = {
 
 
 def _sliding_windows(keys: _Keys, model_type: str, layers: int) -> tuple[int | None, ...]:
-    """Mistral's window is every layer's, Qwen's is for those that `layer_types` or an index name."""
+    """Mistral's window is every layer's, Qwen's is those layers' that `layer_types` names."""
     window = keys.count("sliding_window") if "sliding_window" in keys.config else None
     if model_type == "mistral":
         return (window,) * layers
     if window is None or not keys.flag("use_sliding_window"):
         return (None,) * layers
     first = keys.count("max_window_layers", least=0)
-    types = keys.get(
-        "layer_types", ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    )
+    types = keys.get("layer_types", ["full_attention"] * first + ["sliding_attention"] * (layers - first))
     known = {"full_attention": None, "sliding_attention": window}
     if not isinstance(types, list) or len(types) < layers or not set(types) <= set(known):
         raise keys.error("layer_types", f"{layers} of {', '.join(known)}")

@@ -59,15 +59,14 @@ type Put = Callable[[np.ndarray, str], jax.Array]
 
 
 def dense_reader(files: CheckpointFiles) -> Reader:
-    """Reads `.weight` `[out, in]` and `.bias` as they are. Refuses what only a format could read."""
+    """Reads `.weight` `[out, in]` and `.bias` as they are, and refuses any other tensor there."""
 
     def read(prefix: str) -> LayerWeights:
         known = (f"{prefix}.weight", f"{prefix}.bias")
         unknown = [name for name in files if name.startswith(f"{prefix}.") and name not in known]
         if unknown:
             raise CheckpointError(
-                f"{files.path}: unexpected {', '.join(unknown)}: an unquantized layer has {known[0]} "
-                "and may have .bias"
+                f"{files.path}: unexpected {', '.join(unknown)}: an unquantized layer has {known[0]} and may have .bias"
             )
         bias = _floats(files, known[1]) if known[1] in files else None
         return LayerWeights(_floats(files, known[0]).T, bias)
@@ -157,8 +156,8 @@ def _check_names(
     if unexpected:
         shown = ", ".join(f"{name} {list(files.shape(name))}" for name in unexpected[:6])
         raise CheckpointError(
-            f"{files.path}: {len(unexpected)} tensors belong to no part of a {config.model_type} with "
-            f"{config.num_hidden_layers} layers: {shown}"
+            f"{files.path}: {len(unexpected)} tensors belong to no part of a {config.model_type} "
+            f"with {config.num_hidden_layers} layers: {shown}"
         )
 
 
@@ -172,9 +171,7 @@ def _floats(files: CheckpointFiles, name: str) -> np.ndarray:
     return array
 
 
-def _fill_layer(
-    parent: nnx.Module, attribute: str, weights: LayerWeights, put: Put, where: str
-) -> None:
+def _fill_layer(parent: nnx.Module, attribute: str, weights: LayerWeights, put: Put, where: str) -> None:
     """Fill the Linear or Embed `parent.attribute`, or put a quantized module in its place."""
     module = getattr(parent, attribute)
     embedding = isinstance(module, nnx.Embed)

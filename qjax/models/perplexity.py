@@ -60,8 +60,8 @@ def perplexity(
     windows = min(len(ids) // window, len(ids) if max_windows is None else max_windows)
     if window < 2 or windows < 1 or batch_size < 1:
         raise QJaxError(
-            f"{len(ids)} tokens, window={window}, max_windows={max_windows}, batch_size={batch_size}:"
-            " expected at least one window of two or more tokens"
+            f"{len(ids)} tokens, {window=}, {max_windows=}, {batch_size=}: expected at least one "
+            "window of two or more tokens"
         )
     sums = partial(_sums, *_split(model), *_split(base))
     totals = np.zeros(3)
@@ -78,16 +78,13 @@ def perplexity(
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def _sums(
-    definition: Any, state: Any, base_definition: Any, base_state: Any, ids: jax.Array
-) -> jax.Array:
+def _sums(definition: Any, state: Any, base_definition: Any, base_state: Any, ids: jax.Array) -> jax.Array:
     """Negative log-likelihood, KL and agreement of each window, summed over it: `[3, B]`."""
 
     def log_probabilities(definition: Any, state: Any) -> jax.Array:
-        called = (
-            nnx.merge(definition, state) if isinstance(definition, nnx.GraphDef) else definition
-        )
-        return jax.nn.log_softmax(called(ids)[:, :-1].astype(jnp.float32), axis=-1)
+        if isinstance(definition, nnx.GraphDef):
+            definition = nnx.merge(definition, state)
+        return jax.nn.log_softmax(definition(ids)[:, :-1].astype(jnp.float32), axis=-1)
 
     ours = log_probabilities(definition, state)
     nll = -jnp.take_along_axis(ours, ids[:, 1:, None], axis=-1)[..., 0]
@@ -103,7 +100,7 @@ def _sums(
 
 
 def _split(model: LanguageModel | None) -> tuple[Any, Any]:
-    """What jit may hash, and what it traces: weights are arguments of the program, not constants."""
+    """What jit hashes, and what it traces: weights are arguments, not constants of the program."""
     return nnx.split(model) if isinstance(model, nnx.Module) else (model, None)
 
 
@@ -114,6 +111,6 @@ def _check_ids(model: LanguageModel, token_ids: Any) -> np.ndarray:
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if size is not None and ids.size and not 0 <= ids.min() <= ids.max() < size:
         raise QJaxError(
-            f"token ids {ids.min()} to {ids.max()}; the model has 0 to {size - 1}: another tokenizer's?"
+            f"token ids {ids.min()} to {ids.max()}, the model has 0 to {size - 1}: made by another tokenizer?"
         )
     return ids

@@ -22,7 +22,7 @@ class Rope:
     Attributes:
       kind: "default", "linear", "dynamic", "yarn", "llama3" or "longrope".
       theta: the base.
-      dim: how many of a head's dimensions turn; the rest pass through.
+      dim: of a head; all of it turns.
       max_positions: `max_position_embeddings` of the config.
       factor: by how much the context is stretched (all but "default").
       original_positions: positions of the unstretched model ("yarn", "llama3", "longrope").
@@ -57,11 +57,10 @@ def angles(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`x` `[B, S, heads, D]` turned by `cos`, `sin` `[B, S, dim/2]`: in float32, then x's dtype."""
-    half = cos.shape[-1]
+    """`x` `[B, S, heads, dim]` turned by `cos`, `sin` `[B, S, dim/2]`: in float32, then x's dtype."""
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin, rest)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
@@ -118,8 +117,7 @@ def _llama3(rope: Rope, length: jax.Array) -> jax.Array:
 def _longrope(rope: Rope, length: jax.Array) -> jax.Array:
     """LongRoPE (arXiv 2402.13753): searched divisors, one set for short rows, one for long."""
     short, long = (
-        1 / (np.asarray(divisors, np.float32) * _powers(rope))
-        for divisors in (rope.short_factor, rope.long_factor)
+        1 / (np.asarray(divisors, np.float32) * _powers(rope)) for divisors in (rope.short_factor, rope.long_factor)
     )
     return jnp.where(length > rope.original_positions, long, short)
 

@@ -25,7 +25,7 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; special ones (such as the beginning of text) where the file has it so."""
+        """Token ids of `text`, with the special ones (begin of text) that the file adds."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
