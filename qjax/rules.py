@@ -72,10 +72,9 @@ def is_head(path: str) -> bool:
 
 
 def _as_rule(item: Any) -> Rule:
-    if isinstance(item, Rule):
-        return dataclasses.replace(item, scheme=as_scheme(item.scheme))
-    if isinstance(item, tuple) and len(item) == 2:
-        return Rule(item[0], as_scheme(item[1]))
+    rule = Rule(*item) if isinstance(item, tuple) and len(item) == 2 else item
+    if isinstance(rule, Rule):
+        return rule if rule.scheme is None else dataclasses.replace(rule, scheme=as_scheme(rule.scheme))
     raise RuleError(f"a rule is a qjax.Rule or a pair (regex, scheme); got {item!r}")
 
 

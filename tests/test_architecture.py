@@ -40,7 +40,7 @@ EVERYWHERE = {
 }
 
 TENSOR = "qjax.formats qjax.schemes qjax.layouts qjax.qtensor"
-PRODUCT = f"{TENSOR} qjax.matmul qjax.quantize qjax.dequantize qjax.sharding"
+PRODUCT = f"{TENSOR} qjax.matmul qjax.contract qjax.quantize qjax.dequantize qjax.sharding"
 PUBLIC = f"qjax {PRODUCT} qjax.linen qjax.nnx qjax.models qjax.checkpoints qjax.dispatch"
 
 # "folder.*" is the row of every module in that folder, which may import each other; the deepest
@@ -57,15 +57,15 @@ MAY_IMPORT = {
     "qjax.qtensor": Row(f"{TENSOR} qjax.dequantize qjax.display"),
     "qjax.dequantize": Row(TENSOR),
     "qjax.quantize": Row(f"{TENSOR} qjax.dequantize"),
+    "qjax.rules": Row("qjax.schemes"),
     "qjax.display": Row(f"{TENSOR} qjax.dequantize", "treescope"),
     # A product, from the door down to the kernel.
+    "qjax.contract": Row(f"{TENSOR} qjax.matmul"),
     "qjax.matmul": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.product"),
     "qjax.product": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.kernel_call"),
     "qjax.partition": Row(TENSOR),
-    "qjax.sharding": Row(f"{TENSOR} qjax.partition"),
-    "qjax.kernel_call": Row(
-        f"{TENSOR} qjax.activations qjax.epilogue qjax.reference qjax.dispatch qjax.devices"
-    ),
+    "qjax.sharding": Row(f"{TENSOR} qjax.partition qjax.contract"),
+    "qjax.kernel_call": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.reference qjax.dispatch qjax.devices"),
     "qjax.reference": Row(f"{TENSOR} qjax.activations qjax.dequantize"),
     "qjax.activations": Row("qjax.formats qjax.schemes"),
     "qjax.epilogue": Row(),
@@ -80,11 +80,11 @@ MAY_IMPORT = {
     "qjax.dispatch.choose": Row("qjax.dispatch qjax.devices"),
     "qjax.dispatch.explain": Row("qjax.dispatch qjax.devices"),
     # What a user touches.
-    "qjax.linen.*": Row(PRODUCT, "flax"),
-    "qjax.nnx.*": Row(PRODUCT, "flax"),
+    "qjax.linen.*": Row(f"{PRODUCT} qjax.rules", "flax"),
+    "qjax.nnx.*": Row(f"{PRODUCT} qjax.rules", "flax"),
     "qjax.checkpoints.*": Row(TENSOR, "safetensors orbax"),
     "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints", "flax tokenizers"),
-    "qjax.cli.*": Row(f"{PUBLIC} qjax.devices", "rich matplotlib tokenizers"),
+    "qjax.cli.*": Row(f"{PUBLIC} qjax.rules qjax.devices", "rich matplotlib tokenizers"),
     # Kernels know nobody.
     "pallas_kernels": Row(),
     "pallas_kernels.triton.*": Row(),

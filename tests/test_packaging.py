@@ -38,9 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for package in PACKAGES:
-        shutil.copytree(
-            ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
@@ -94,9 +92,7 @@ def test_the_wheel_states_its_version_python_licence_and_jax(wheel: Path, versio
     assert {"cuda13", "dev"} <= set(metadata.get_all("Provides-Extra", []))
 
 
-def test_the_installed_wheel_imports_and_multiplies_away_from_the_checkout(
-    clean_venv: Path, version: str
-) -> None:
+def test_the_installed_wheel_imports_and_multiplies_away_from_the_checkout(clean_venv: Path, version: str) -> None:
     program = """
 import importlib.metadata
 import jax.numpy as jnp, numpy as np

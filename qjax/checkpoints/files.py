@@ -86,9 +86,7 @@ class CheckpointFiles:
             raise CheckpointError(f"{folder}: {what}; expected a local checkpoint folder")
         names = sorted(file.name for file in folder.iterdir() if file.name[0] != ".")
         if not names:
-            raise CheckpointError(
-                f"{folder}: the folder is empty; expected {CONFIG} and {SINGLE} or {INDEX}"
-            )
+            raise CheckpointError(f"{folder}: the folder is empty; expected {CONFIG} and {SINGLE} or {INDEX}")
         entries = _folder_entries(folder, names)
         if CONFIG not in names:
             raise CheckpointError(f"{folder}: no {CONFIG}; the folder has {_listing(names)}")
@@ -128,14 +126,8 @@ class CheckpointFiles:
         entry = self.entry(name)
         if entry.start == entry.stop:  # an empty range cannot be mapped
             return np.empty(entry.shape, entry.dtype)
-        raw = np.memmap(
-            entry.file, np.uint8, "r", offset=entry.start, shape=(entry.stop - entry.start,)
-        )
-        return (
-            np.require(raw.view(entry.dtype), requirements="A")
-            .reshape(entry.shape)
-            .view(np.ndarray)
-        )
+        raw = np.memmap(entry.file, np.uint8, "r", offset=entry.start, shape=(entry.stop - entry.start,))
+        return np.require(raw.view(entry.dtype), requirements="A").reshape(entry.shape).view(np.ndarray)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The JSON object in the file `name` of the folder, or None where there is no such file."""
@@ -184,19 +176,14 @@ def _sharded_entries(folder: Path) -> dict[str, Entry]:
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or shard in ("", ".", "..") or set("/\\\0") & set(shard):
             raise CheckpointError(
-                f"{index}: tensor {tensor!r} is in {shard!r}; "
-                "allowed are names of files in the folder itself"
+                f"{index}: tensor {tensor!r} is in {shard!r}; allowed are names of files in the folder itself"
             )
         if shard not in headers:
             if not (folder / shard).is_file():
-                raise CheckpointError(
-                    f"{index}: tensor {tensor!r} is in {shard!r}, which is missing"
-                )
+                raise CheckpointError(f"{index}: tensor {tensor!r} is in {shard!r}, which is missing")
             headers[shard] = read_header(folder / shard)
         if tensor not in headers[shard]:
-            raise CheckpointError(
-                f"{index}: tensor {tensor!r} should be in {shard!r}, which lacks it"
-            )
+            raise CheckpointError(f"{index}: tensor {tensor!r} should be in {shard!r}, which lacks it")
         entries[tensor] = headers[shard][tensor]
     return entries
 
@@ -211,14 +198,10 @@ def read_header(file: Path) -> dict[str, Entry]:
     with file.open("rb") as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:
-            raise CheckpointError(
-                f"{file}: not a safetensors file: {size} bytes, expected at least 8"
-            )
+            raise CheckpointError(f"{file}: not a safetensors file: {size} bytes, expected at least 8")
         (length,) = struct.unpack("<Q", prefix)
         if length > size - 8:
-            raise CheckpointError(
-                f"{file}: header length {length} is larger than the file ({size} bytes)"
-            )
+            raise CheckpointError(f"{file}: header length {length} is larger than the file ({size} bytes)")
         raw = stream.read(length)
     header = _parse_header(file, raw)
     header.pop("__metadata__", None)
@@ -262,8 +245,7 @@ def _entry(file: Path, name: str, row: Any, *, data_start: int) -> Entry:
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if stop - start != expected:
         raise CheckpointError(
-            f"{where}: shape {list(shape)} of {dtype} takes {expected} bytes, "
-            f"its data_offsets span {stop - start}"
+            f"{where}: shape {list(shape)} of {dtype} takes {expected} bytes, its data_offsets span {stop - start}"
         )
     return Entry(file, DTYPES[dtype], shape, data_start + start, data_start + stop)
 
@@ -288,8 +270,7 @@ def _check_ranges(file: Path, entries: Mapping[str, Entry], *, data_start: int, 
         if entry.start != end:
             what = "overlaps" if entry.start < end else "leaves a gap after"
             raise CheckpointError(
-                f"{file}: tensor {name!r} {what} {previous}: "
-                f"it starts at byte {entry.start}, expected {end}"
+                f"{file}: tensor {name!r} {what} {previous}: it starts at byte {entry.start}, expected {end}"
             )
         end, previous = entry.stop, f"tensor {name!r}"
     if end != size:

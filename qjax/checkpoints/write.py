@@ -9,7 +9,7 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,11 +54,11 @@ def write_folder(
     shards = _split(target, tensors, shard_bytes)
     with _renamed_into(target) as folder:
         for name, content in extra_files.items():
-            _write_file(folder / name, lambda stream, content=content: stream.write(content))
+            with _synced(folder / name) as stream:
+                stream.write(content)
         for file, names in shards.items():
-            _write_file(
-                folder / file, lambda stream, names=names: _write_tensors(stream, names, tensors)
-            )
+            with _synced(folder / file) as stream:
+                _write_tensors(stream, names, tensors)
         if SINGLE not in shards:
             _write_json(folder / INDEX, _index(shards, tensors))
         _write_json(folder / CONFIG, config)
@@ -73,9 +73,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if names and not overwrite:
         raise CheckpointError(f"{target}: exists; choose another folder or allow overwriting")
     if names and CONFIG not in names:
-        raise CheckpointError(
-            f"{target}: not overwritten: it has no {CONFIG}, so it is not a checkpoint"
-        )
+        raise CheckpointError(f"{target}: not overwritten: it has no {CONFIG}, so it is not a checkpoint")
 
 
 def _check_names(target: Path, extra_files: Mapping[str, bytes]) -> None:
@@ -105,10 +103,7 @@ def _split(target: Path, tensors: Mapping[str, Array], shard_bytes: int) -> dict
         filled += tensor.nbytes
     if len(groups) == 1:
         return {SINGLE: groups[0]}
-    return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
-        for i, names in enumerate(groups, start=1)
-    }
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
 def _index(shards: Mapping[str, list[str]], tensors: Mapping[str, Array]) -> dict[str, Any]:
@@ -140,12 +135,14 @@ def _write_tensors(stream: BinaryIO, names: list[str], tensors: Mapping[str, Arr
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    _write_file(file, lambda stream: stream.write(json.dumps(value, indent=2).encode() + b"\n"))
+    with _synced(file) as stream:
+        stream.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
-def _write_file(file: Path, write: Callable[[BinaryIO], Any]) -> None:
+@contextmanager
+def _synced(file: Path) -> Iterator[BinaryIO]:
     with file.open("xb") as stream:
-        write(stream)
+        yield stream
         stream.flush()
         os.fsync(stream.fileno())  # the rename must not reach the disk before the content does
 

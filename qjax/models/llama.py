@@ -6,17 +6,43 @@ and the embedding are only ever called, so that any module with the same calls m
 Statistics, softmax, rotary angles and logits are float32; everything between is in `dtype`.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from qjax.models.kv_cache import KVCache, LayerCache
 from qjax.models.llama_config import ACTIVATIONS, LlamaConfig
 from qjax.models.rope import angles, rotate
+
+
+def automatic_axes[R](method: Callable[..., R]) -> Callable[..., R]:
+    """Lets a method of Llama run on an Explicit mesh, by treating its axes as Auto ones inside.
+
+    What comes out is cut along the batch as the first argument is, and replicated otherwise.
+    """
+
+    @wraps(method)
+    def run(model: "Llama", first: jax.Array, *others: Any, **named: Any) -> Any:
+        mesh = jax.typeof(model.norm.weight.get_value()).sharding.mesh
+        if AxisType.Explicit not in mesh.axis_types:
+            return method(model, first, *others, **named)
+        definition, state = nnx.split(model)
+
+        def inner(state: nnx.State, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            return method(nnx.merge(definition, state), *args, **named)
+
+        batch = PartitionSpec(*jax.typeof(first).sharding.spec[:1])
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.sharding.auto_axes(inner, out_sharding=batch)(state, (first, *others), named)
+
+    return run
 
 
 class RMSNorm(nnx.Module):
@@ -52,7 +78,7 @@ class Attention(nnx.Module):
             return RMSNorm(self.head_dim, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
 
         self.head_dim = config.head_dim
-        self.window = config.sliding_windows[layer]
+        self.window = config.sliding_windows[layer] if config.sliding_windows else None
         q_features = config.num_attention_heads * config.head_dim
         kv_features = config.num_key_value_heads * config.head_dim
         self.q_proj = linear(config.hidden_size, q_features, config.qkv_bias)
@@ -76,7 +102,7 @@ class Attention(nnx.Module):
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
         queries, keys, values = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         key_positions = positions
@@ -221,6 +247,7 @@ class Llama(nnx.Module):
         logits = self.logits(hidden)
         return logits if cache is None else (logits, cache)
 
+    @automatic_axes
     def hidden_states(
         self,
         input_ids: jax.Array,
@@ -233,7 +260,7 @@ class Llama(nnx.Module):
             positions = jnp.broadcast_to(start + jnp.arange(input_ids.shape[1]), input_ids.shape)
         layer_caches = (None,) * len(self.layers) if cache is None else cache.layers
         cos, sin = angles(self.config.rope, positions)
-        after = []
+        after: list[Any] = []
         with self._precision():
             x = self.embed_tokens(input_ids)
             for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
@@ -244,6 +271,7 @@ class Llama(nnx.Module):
             cache = KVCache(tuple(after), lengths)
         return self.norm(x), cache
 
+    @automatic_axes
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The head: `[..., hidden]` -> float32 `[..., vocab_size]`."""
         head = self.embed_tokens.attend if self.lm_head is None else self.lm_head

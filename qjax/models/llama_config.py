@@ -43,7 +43,7 @@ class LlamaConfig:
       qkv_bias, o_bias, mlp_bias: which projections have a bias.
       qk_norm: RMSNorm over each query's and key's head (Qwen3).
       sliding_windows: for each layer how many positions back a query sees, itself included; None
-        is all of them.
+        is all of them, as is an empty tuple for every layer.
       eos_token_ids: tokens that end a text; may be empty.
       dtype: the checkpoint's own dtype, "float32", "float16" or "bfloat16".
     """

@@ -8,7 +8,6 @@ file is the reader's business: the dense reader is here, those of quantized form
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +21,18 @@ from qjax.checkpoints.files import CheckpointFiles
 from qjax.errors import CheckpointError, ShardingError
 from qjax.models.llama import Llama, RMSNorm
 from qjax.models.llama_config import LlamaConfig
+from qjax.qtensor import QTensor
 
 FLOATS = ("float32", "float16", "bfloat16")
 
 # Tensors that are computed here, whatever the file says.
 COMPUTED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
-# Module path -> how its kernel [in, out] (an embedding: [vocabulary, features]) is cut over a mesh.
-# Only the axes that the mesh has apply.
+# Module path -> the mesh axes that cut its kernel [in, out], or embedding [vocabulary, features].
+# Only axes that the mesh has apply.
 PARTITIONS = (
     (r".*\.(q_proj|k_proj|v_proj|gate_proj|up_proj)|lm_head", ("fsdp", "model")),
     (r".*\.(o_proj|down_proj)|embed_tokens", ("model", "fsdp")),
-    (r".*", ()),
 )
 
 
@@ -42,20 +41,20 @@ class LayerWeights:
     """What a reader returns for a Linear or an embedding.
 
     Attributes:
-      kernel: a host array `[in, out]` (an embedding's: `[features, vocabulary]`), or a QTensor of
-        that logical shape, already on its devices.
+      kernel: a host array `[in, out]` (an embedding's: `[features, vocabulary]`), or a QTensor with
+        K = in and N = out, already on its devices.
       bias: a host array `[out]`, or None.
     """
 
-    kernel: Any
+    kernel: np.ndarray | QTensor
     bias: np.ndarray | None = None
 
 
 # Takes a module's tensor name without its last part, "model.layers.0.mlp.up_proj".
 type Reader = Callable[[str], LayerWeights]
 
-# Takes a host array and the name that errors give it, to its devices.
-type Put = Callable[[np.ndarray, str], jax.Array]
+# A module with weights of its own: (parent, attribute in it, path, module).
+type Leaf = tuple[nnx.Module, str, str, nnx.Linear | nnx.Embed | RMSNorm]
 
 
 def dense_reader(files: CheckpointFiles) -> Reader:
@@ -87,7 +86,7 @@ def load_llama(
     Args:
       files: an opened folder.
       dtype: of activations; the checkpoint's own by default.
-      mesh: places each dense weight by `partition_spec`; one device without it.
+      mesh: cuts dense kernels by `partition_spec` and copies the rest; one device without it.
       reader: reads the weights of each Linear and embedding; plain tensors by default.
       ignored: patterns of tensor names that the caller has dealt with.
 
@@ -106,13 +105,14 @@ def load_llama(
     _check_names(files, leaves, config, ignored)
     for parent, attribute, path, module in leaves:
         prefix = tensor_prefix(path)
-        put, where = _put(mesh, path), f"{files.path}: {prefix}"
+        where = f"{files.path}: {prefix}"
         if isinstance(module, RMSNorm):
             weight = _floats(files, f"{prefix}.weight")
             _check_shape(f"{where}.weight", weight.shape, module.weight.shape)
-            module.weight.set_value(put(weight, where))
+            module.weight.set_value(_place(weight, mesh, PartitionSpec(), where))
         else:
-            _fill_layer(parent, attribute, read(prefix), put, where)
+            weights = _checked(read(prefix), module, where)
+            setattr(parent, attribute, _filled(module, weights, mesh, path, where))
     logging.info("loaded %s: %s, %d layers", files.path, config.model_type, len(model.layers))
     return model
 
@@ -123,23 +123,21 @@ def tensor_prefix(path: str) -> str:
 
 
 def partition_spec(path: str, mesh: Mesh) -> PartitionSpec:
-    """How the kernel of the module at `path` is cut over the axes "model" and "fsdp" of `mesh`."""
+    """How `PARTITIONS` cuts the kernel or embedding at `path` over the axes of `mesh`."""
     axes = next(axes for pattern, axes in PARTITIONS if re.fullmatch(pattern, path))
     return PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in axes))
 
 
-def _leaf_modules(model: Llama) -> Iterator[tuple[nnx.Module, str, str, nnx.Module]]:
-    """(parent, attribute, path, module) of every module that has weights of its own."""
-    modules = {path: module for path, module in nnx.iter_modules(model)}
+def _leaf_modules(model: Llama) -> Iterator[Leaf]:
+    modules = dict(nnx.iter_modules(model))
     for path, module in modules.items():
         if isinstance(module, nnx.Linear | nnx.Embed | RMSNorm):
-            *above, attribute = path
-            yield modules[tuple(above)], attribute, ".".join(map(str, path)), module
+            yield modules[path[:-1]], str(path[-1]), ".".join(map(str, path)), module
 
 
 def _check_names(
     files: CheckpointFiles,
-    leaves: list[tuple[nnx.Module, str, str, nnx.Module]],
+    leaves: list[Leaf],
     config: LlamaConfig,
     ignored: Iterable[str],
 ) -> None:
@@ -171,35 +169,25 @@ def _floats(files: CheckpointFiles, name: str) -> np.ndarray:
     return array
 
 
-def _fill_layer(parent: nnx.Module, attribute: str, weights: LayerWeights, put: Put, where: str) -> None:
-    """Fill the Linear or Embed `parent.attribute`, or put a quantized module in its place."""
-    module = getattr(parent, attribute)
-    embedding = isinstance(module, nnx.Embed)
-    param = module.embedding if embedding else module.kernel
-    shape = tuple(weights.kernel.shape)
-    _check_shape(f"{where}.weight", shape[::-1], param.shape if embedding else param.shape[::-1])
-    bias = None if embedding else module.bias
-    if (bias is None) != (weights.bias is None):
-        asked = "no bias" if bias is None else f"one of shape {list(bias.shape)}"
-        found = "none" if weights.bias is None else f"one of shape {list(weights.bias.shape)}"
-        raise CheckpointError(f"{where}.bias: the config asks for {asked}, the file has {found}")
-    if bias is not None:
-        _check_shape(f"{where}.bias", weights.bias.shape, bias.shape)
-    if not isinstance(weights.kernel, np.ndarray):
-        setattr(parent, attribute, _quantized_module(module, weights))
-        return
-    param.set_value(put(weights.kernel.T if embedding else weights.kernel, where))
-    if bias is not None:
-        bias.set_value(put(weights.bias, where))
-
-
-def _quantized_module(module: nnx.Linear | nnx.Embed, weights: LayerWeights) -> nnx.Module:
-    import qjax.nnx
-
+def _checked(weights: LayerWeights, module: nnx.Linear | nnx.Embed, where: str) -> LayerWeights:
+    """The weights, if they have the shapes that the module asks for. Errors say [out, in]."""
+    kernel, bias = weights.kernel, None
     if isinstance(module, nnx.Embed):
-        return qjax.nnx.QEmbed.from_qtensor(weights.kernel, dtype=module.dtype)
-    bias = None if weights.bias is None else jnp.array(weights.bias)
-    return qjax.nnx.QLinear.from_qtensor(weights.kernel, bias=bias, dtype=module.dtype)
+        expected = module.embedding.shape
+    else:
+        expected, bias = module.kernel.shape[::-1], module.bias
+    if isinstance(kernel, QTensor):
+        got = (kernel.out_features, kernel.in_features)
+    else:
+        got = kernel.shape[::-1]
+    _check_shape(f"{where}.weight", got, expected)
+    if bias is None and weights.bias is not None:
+        raise CheckpointError(f"{where}.bias: the config asks for no bias, the file has one")
+    if bias is not None:
+        if weights.bias is None:
+            raise CheckpointError(f"{where}.bias: missing; expected shape {list(bias.shape)}")
+        _check_shape(f"{where}.bias", weights.bias.shape, bias.shape)
+    return weights
 
 
 def _check_shape(where: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -207,20 +195,40 @@ def _check_shape(where: str, got: tuple[int, ...], expected: tuple[int, ...]) ->
         raise CheckpointError(f"{where}: shape {list(got)}; the config asks for {list(expected)}")
 
 
-def _put(mesh: Mesh | None, path: str) -> Put:
-    """How arrays of the module at `path` reach the devices; one axis is the output's (a bias)."""
+def _filled(
+    module: nnx.Linear | nnx.Embed, weights: LayerWeights, mesh: Mesh | None, path: str, where: str
+) -> nnx.Module:
+    """The module with its weights, on their devices; a quantized one where the kernel is."""
+    spec = PartitionSpec() if mesh is None else partition_spec(path, mesh)
+    bias = None
+    if weights.bias is not None:
+        bias = _place(weights.bias, mesh, PartitionSpec(*spec[1:]), where)
+    if isinstance(weights.kernel, QTensor):
+        return _quantized_module(module, weights.kernel, bias)
+    if isinstance(module, nnx.Embed):
+        module.embedding.set_value(_place(weights.kernel.T, mesh, spec, where))
+    else:
+        module.kernel.set_value(_place(weights.kernel, mesh, spec, where))
+        if module.bias is not None and bias is not None:
+            module.bias.set_value(bias)
+    return module
+
+
+def _quantized_module(module: nnx.Linear | nnx.Embed, kernel: QTensor, bias: jax.Array | None) -> nnx.Module:
+    from qjax.nnx import QEmbed, QLinear
+
+    if isinstance(module, nnx.Embed):
+        return QEmbed.from_qtensor(kernel, dtype=module.dtype)
+    return QLinear.from_qtensor(kernel, bias=bias, dtype=module.dtype)
+
+
+def _place(array: np.ndarray, mesh: Mesh | None, spec: PartitionSpec, where: str) -> jax.Array:
     if mesh is None:
-        return lambda array, where: jnp.array(array)
-    spec = partition_spec(path, mesh)
-
-    def put(array: np.ndarray, where: str) -> jax.Array:
-        own = spec if array.ndim == 2 else PartitionSpec(*spec[1:])
-        for size, axis in zip(array.shape, own, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                raise ShardingError(
-                    f"{where}: shape {list(array.shape)}: {size} cannot be cut into "
-                    f"{mesh.shape[axis]} equal parts over mesh axis {axis!r}"
-                )
-        return jax.device_put(np.ascontiguousarray(array), NamedSharding(mesh, own))
-
-    return put
+        return jnp.array(array)
+    for size, axis in zip(array.shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ShardingError(
+                f"{where}: shape {list(array.shape)}: {size} cannot be cut into "
+                f"{mesh.shape[axis]} equal parts over mesh axis {axis!r}"
+            )
+    return jax.device_put(np.ascontiguousarray(array), NamedSharding(mesh, spec))

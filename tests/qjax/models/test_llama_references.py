@@ -24,9 +24,7 @@ forward_cached = nnx.jit(lambda model, ids, cache: model(ids, cache))
 def write_reference(folder: Path, case: str, config: dict | None = None) -> CheckpointFiles:
     """The folder of a reference model; each tensor is drawn from its name."""
     tensors = {
-        name: (np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape) * 0.4).astype(
-            np.float32
-        )
+        name: (np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape) * 0.4).astype(np.float32)
         for name, shape in CASES[case]["tensors"].items()
     }
     write_folder(folder, tensors=tensors, config=config or CASES[case]["config"])
@@ -52,9 +50,7 @@ class ReferenceTest(parameterized.TestCase):
         model = self.load(case)
         for length in (12, 40):
             logits = forward(model, ARRAYS[f"{case}/ids{length}"])
-            np.testing.assert_allclose(
-                shown(logits), ARRAYS[f"{case}/logits{length}"], atol=1e-4, rtol=0
-            )
+            np.testing.assert_allclose(shown(logits), ARRAYS[f"{case}/logits{length}"], atol=1e-4, rtol=0)
 
     @parameterized.parameters("llama_llama3", "llama_yarn_mscale", "llama_dynamic")
     def test_an_older_config_states_the_same_scaling_in_rope_scaling(self, case):

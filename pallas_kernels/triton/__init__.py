@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs since Ampere, in Pallas lowered through Triton. JAX has deprecated that lowering: the folder may go."""

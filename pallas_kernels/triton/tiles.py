@@ -1,0 +1,42 @@
+"""Tile sizes: what one program computes, and a first choice of it from the shape and the chip, before any tuning."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A kernel's configuration.
+
+    Attributes:
+      tile_m: rows of x a program computes, 16 or more: the tensor cores' shortest side.
+      tile_n: rows of the weight a program computes.
+      split_k: programs that share one output tile, each with a part of K.
+      warps: of a program. Fewer than four means `mma` instead of `wgmma` on Hopper: right while memory is the limit.
+      stages: tiles in flight from memory to shared memory.
+    """
+
+    tile_m: int
+    tile_n: int
+    split_k: int
+    warps: int
+    stages: int
+
+
+# (most rows of x, tile_m, tile_n, warps, stages).  measured: H200, int4 g128, 22016x4096 and 4096x4096
+_SHAPES = (
+    (16, 16, 64, 2, 3),
+    (32, 32, 128, 4, 3),
+    (None, 64, 128, 4, 4),
+)
+_PROGRAMS_A_MULTIPROCESSOR = 4  # enough loads in flight to cover memory's latency
+_SHORTEST_SHARE = 4  # blocks of 128 along K that are worth a program
+
+
+def tile_for(m: int, n: int, blocks: int, sms: int) -> Tile:
+    """The tile for m rows of x, n of the weight, `blocks` steps along K, on a chip with `sms` multiprocessors."""
+    _, tile_m, tile_n, warps, stages = next(row for row in _SHAPES if row[0] is None or m <= row[0])
+    programs = -(-n // tile_n) * -(-m // tile_m)
+    split_k = 1
+    while split_k * programs < 7 * _PROGRAMS_A_MULTIPROCESSOR * sms // 8 and blocks // (2 * split_k) >= _SHORTEST_SHARE:
+        split_k *= 2
+    return Tile(tile_m, tile_n, split_k, warps, stages)

@@ -1,0 +1,1 @@
+"""The command `qjax`: `main` holds the table of its subcommands, one file each."""

@@ -1,0 +1,63 @@
+"""What several subcommands share: their arguments, and a model from a folder, quantized on the fly where asked."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import qjax
+from qjax.checkpoints.load import load
+from qjax.explain import layers
+from qjax.qtensor import is_qtensor
+
+if TYPE_CHECKING:
+    from qjax.models.llama import Llama
+
+SCHEME_HELP = (
+    f"how to quantize: {', '.join(qjax.SCHEMES)}; options follow a colon, as in w4a16:group_size=64,symmetric=false"
+)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """DIR, and how to run what is in it."""
+    parser.add_argument("folder", metavar="DIR", help="a checkpoint folder: config.json and safetensors")
+    parser.add_argument("--backend", help="the kernels to use; default: the fastest for each layer")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of activations; default: what the device's tensor cores take, float32 on a CPU",
+    )
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Where text becomes tokens."""
+    parser.add_argument("--tokenizer", metavar="DIR", help="a folder with tokenizer.json; default: DIR")
+
+
+@contextmanager
+def backend_of(args: argparse.Namespace) -> Iterator[None]:
+    """Within it, products run on the backend that was asked for, if one was."""
+    with qjax.use(backend=args.backend):
+        yield
+
+
+def open_model(folder: str, dtype: str | None = None, scheme: str | None = None) -> "Llama":
+    """The model in a folder, its layers quantized if a scheme is given; heads and embeddings are left alone."""
+    import qjax.nnx
+
+    parsed = None if scheme is None else qjax.parse_scheme(scheme)  # a wrong one fails before anything is loaded
+    model = load(folder, dtype=dtype)
+    if parsed is not None:
+        qjax.nnx.quantize(model, parsed)
+    return model
+
+
+def kernel_bytes(model: "Llama") -> int:
+    """What the kernels of a model weigh, quantized or not: no embeddings, norms and biases."""
+    return sum(layer.kernel.nbytes for layer in layers(model) if layer.name == "kernel")
+
+
+def scheme_names(model: "Llama") -> str | None:
+    """The schemes in a model, `a, b` where it has several; None where nothing is quantized."""
+    found = {str(layer.kernel.scheme): None for layer in layers(model) if is_qtensor(layer.kernel)}
+    return ", ".join(found) or None

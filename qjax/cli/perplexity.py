@@ -1,0 +1,68 @@
+"""`qjax perplexity DIR --text FILE`: how well a model predicts a text, and how far it is from its base."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from qjax.cli.opening import SCHEME_HELP, add_model, add_tokenizer, backend_of, kernel_bytes, open_model, scheme_names
+from qjax.cli.tables import show
+from qjax.errors import QJaxError
+from qjax.models.perplexity import perplexity
+from qjax.models.tokenizer import load_tokenizer
+
+HELP = "measure perplexity on a text, and the distance to a base model"
+
+WINDOW = 512
+BATCH = 8  # windows at a time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """DIR --text, and what to compare."""
+    add_model(parser)
+    add_tokenizer(parser)
+    parser.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text, tokenised without special tokens")
+    parser.add_argument("--windows", type=int, metavar="N", help=f"only the first N windows of {WINDOW} tokens")
+    parser.add_argument("--scheme", help=f"quantize on the fly and compare with DIR as it is; {SCHEME_HELP}")
+    parser.add_argument("--base", metavar="DIR", help="compare with the model in this folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures and prints."""
+    ids = load_tokenizer(args.tokenizer or args.folder).encode(_text(args.text), add_special_tokens=False)
+    with backend_of(args):
+        model = open_model(args.folder, args.dtype, args.scheme)
+        base_folder = args.base or (args.folder if args.scheme else None)
+        base = None if base_folder is None else open_model(base_folder, args.dtype)
+        batch = min(BATCH, max(args.windows or BATCH, 1))
+        found = perplexity(model, ids, base=base, window=WINDOW, max_windows=args.windows, batch_size=batch)
+    result: dict[str, Any] = {
+        "perplexity": found.perplexity,
+        "windows": found.windows,
+        "tokens": found.tokens,
+        "bytes": kernel_bytes(model),
+        "scheme": scheme_names(model),
+    }
+    if base is not None:
+        result |= {"kl": found.kl, "top1": found.top1}
+    if args.json:
+        print(json.dumps(result))
+        return
+    notes = ["bytes are those of the layers' kernels; tokens counts the predictions"]
+    if base is not None:
+        notes.append(f"kl (nats) and top1 (share of predictions with the same likeliest token) are to {base_folder}")
+    show(list(result), [[_cell(value) for value in result.values()]], notes=notes)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5f}"
+    return f"{value:,}" if isinstance(value, int) else value or "none"
+
+
+def _text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QJaxError(f"{file}: not UTF-8 text at byte {error.start}") from error

@@ -1,0 +1,164 @@
+"""`quantize`: a tree of float params -> the same tree with QTensors for kernels, by rules.
+
+What a kernel's axes mean is learned from the model, told by a rule, or, for a matrix, known. One layer at a time is on
+the device in float, so that the peak is the result plus one layer.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import logging
+
+from qjax.errors import QuantizeError
+from qjax.flax_kernel import KernelUse, quantize_kernel
+from qjax.progress import track
+from qjax.qtensor import is_qtensor
+from qjax.rules import EVERYTHING, Kind, Rule, RuleUse, as_rules, match
+
+KINDS: dict[str, Kind] = {"kernel": "dense", "embedding": "embedding"}  # by the param's name
+
+
+def _told(rule: Rule, rank: int, kind: Kind) -> KernelUse | None:
+    """What a rule, or a rank of 2, says of a kernel's axes."""
+    stacked = rule.stacked or ()
+    if rule.axis is not None:
+        return KernelUse(rule.axis, stacked)
+    if rank - len(stacked) != 2:
+        return None
+    left = [a for a in range(rank) if a not in {s % rank for s in stacked}]
+    return KernelUse((left[-1] if kind == "embedding" else left[0],), stacked) if len(left) == 2 else None
+
+
+@dataclasses.dataclass
+class _Planner:
+    """Which leaf is quantized, how: by rules, and by what was learned of the model (None: no model).
+
+    Attributes:
+      skipped: leaves of a rank that nobody explained, left alone since no rule names them.
+    """
+
+    rules: RuleUse
+    learned: Mapping[str, set[KernelUse]] | None
+    skipped: list[str] = dataclasses.field(default_factory=list)
+
+    def plan(self, path: str, shape: tuple[int, ...] | None) -> tuple[Rule, KernelUse] | None:
+        """The rule and the axes of one leaf, or None to leave it alone; its shape is None where it is no array."""
+        module, _, name = path.rpartition("/")
+        if shape is None or name not in KINDS or (self.learned is not None and path not in self.learned):
+            self.rules.pass_over(module)
+            return None
+        kind = KINDS[name]
+        rule = match(self.rules.rules, module, kind)
+        use = None if rule is None or rule.scheme is None else self._use(path, shape, rule, kind)
+        if rule is not None and rule.scheme is not None and use is None:
+            self.rules.pass_over(module)
+            self.skipped.append(path)
+            return None
+        self.rules.match(module, kind)
+        return None if rule is None or use is None else (rule, use)
+
+    def _use(self, path: str, shape: tuple[int, ...], rule: Rule, kind: Kind) -> KernelUse | None:
+        known = self.learned[path] if self.learned is not None else set()
+        if len(known) > 1 and rule.axis is None:
+            raise QuantizeError(f"{path}: shape {shape} is used in several ways, {known}; choose by axis= in its rule")
+        if known and rule.axis is None:
+            return next(iter(known))
+        told = _told(rule, len(shape), kind)
+        if told is None and rule.pattern != EVERYTHING:
+            raise QuantizeError(
+                f"{path}: shape {shape} does not tell contracted from stacked axes; give axis= and stacked= in the "
+                f"rule {rule.pattern!r}, or model= and inputs="
+            )
+        return told
+
+
+def _inner(params: Any) -> Any:
+    """The params of a dict of variables, or the params themselves."""
+    if not isinstance(params, Mapping):
+        raise QuantizeError(
+            f"params is a {type(params).__name__}; a tree of params (a mapping) is wanted; for an nnx module there is "
+            "qjax.nnx.quantize"
+        )
+    return params["params"] if isinstance(params.get("params"), Mapping) else params
+
+
+def _with_inner(params: Any, inner: Any) -> Any:
+    """`params` with its inner tree replaced; its own type."""
+    return type(params)({**params, "params": inner}) if isinstance(params.get("params"), Mapping) else inner
+
+
+def quantize(
+    params: Any,
+    scheme_or_rules: Any,
+    model: Any = None,
+    inputs: Any = None,
+    *,
+    partial_groups: bool = False,
+    progress: bool | None = None,
+    **apply_options: Any,
+) -> Any:
+    """Quantizes the kernels of a linen params tree.
+
+    A bare scheme is for every dense kernel but those of heads (`qjax.rules.HEADS`); embeddings are quantized where a
+    rule names them; norms and convolutions never. With a model, each kernel's contracted, output and stacked axes are
+    learned by tracing it on shapes. Without one, only matrices are quantized (x meets their first axis), and a kernel
+    of higher rank needs `axis=` and `stacked=` in its rule.
+
+    Args:
+      params: the inner tree or `{"params": ..., ...}`; arrays of NumPy or JAX. What is a QTensor already stays.
+      scheme_or_rules: a scheme, its string, or rules (`qjax.rules.as_rules`) on the paths of modules, joined by '/'.
+      model: the linen module that the params belong to.
+      inputs: a tuple of its sample inputs, arrays or ShapeDtypeStructs (anything else is the only one).
+      partial_groups: allow a short last group where the group size does not divide K.
+      progress: True, False, or None for a bar on a terminal when the work takes longer than two seconds.
+      **apply_options: further arguments of `model.apply`, such as `method=`, `rngs=`, `train=False`.
+
+    Returns:
+      The same tree with QTensors for kernels. Where a kernel was boxed by `nn.with_partitioning` or its logical twin,
+      each array of the QTensor has a box of its own with the names that are right for it, so that
+      `nn.get_partition_spec`, `nn.get_sharding` and `nn.unbox` go on working.
+
+    Raises:
+      RuleError: a malformed rule, or one that matches nothing.
+      QuantizeError: a kernel that cannot be quantized as asked, naming its path; a rank that nobody explained.
+      NotImplementedError: layers stacked over an axis that is not the first.
+    """
+    # Here and not above: flax costs more to import than the rest of qjax.
+    from qjax.linen.boxes import boxed_like, is_box, unboxed
+    from qjax.linen.survey import survey
+
+    if model is None and (inputs is not None or apply_options):
+        raise QuantizeError(f"inputs and {sorted(apply_options)} are for a model; give model=")
+    if model is not None and inputs is None:
+        raise QuantizeError(f"{type(model).__name__} is traced on sample inputs; give inputs=(x,), arrays or shapes")
+    inner = _inner(params)
+    variables = {"params": inner} if inner is params else params
+    learned = None if model is None else survey(model, variables, inputs, apply_options)
+    planner = _Planner(RuleUse(as_rules(scheme_or_rules)), learned)
+    found, tree = jax.tree_util.tree_flatten_with_path(inner, is_leaf=lambda a: is_qtensor(a) or is_box(a))
+    leaves = [leaf for _, leaf in found]
+    work = []
+    for i, (key, leaf) in enumerate(found):
+        path = jax.tree_util.keystr(key, simple=True, separator="/")
+        plan = planner.plan(path, None if is_qtensor(leaf) else getattr(unboxed(leaf), "shape", None))
+        if plan is not None:
+            work.append((i, path, *plan))
+    if planner.skipped:
+        logging.warning(
+            "left alone, since neither a model nor a rule tells what their axes mean: %s", ", ".join(planner.skipped)
+        )
+    planner.rules.check()
+    for i, path, rule, use in track(work, "quantizing", show=progress):
+        assert rule.scheme is not None, rule
+        w = quantize_kernel(
+            unboxed(leaves[i]),
+            rule.scheme,
+            use,
+            where=path,
+            partial_groups=partial_groups or rule.partial_groups,
+            k_pieces=rule.k_pieces,
+        )
+        leaves[i] = boxed_like(leaves[i], jax.block_until_ready(w), where=path)
+    return _with_inner(params, jax.tree.unflatten(tree, leaves))

@@ -1,0 +1,9 @@
+"""Quantized `flax.nnx` layers, argument for argument Flax's own, and `quantize`, which swaps them into a module."""
+
+from .convert import quantize as quantize
+from .qeinsum import QEinsum as QEinsum
+from .qembed import QEmbed as QEmbed
+from .qlinear import QLinear as QLinear
+from .qlinear_general import QLinearGeneral as QLinearGeneral
+from .qlora_linear import QLoRALinear as QLoRALinear
+from .qparam import QParam as QParam

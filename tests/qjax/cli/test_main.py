@@ -1,0 +1,297 @@
+"""The command: what it prints, what it leaves behind, and errors in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qjax import devices
+from qjax.checkpoints.load import load
+from qjax.cli import tables
+from qjax.cli.generate import TextStream
+from qjax.cli.main import COMMANDS, main
+from qjax.dispatch.backends import BACKENDS
+from qjax.errors import QJaxError
+from qjax.explain import layers
+from qjax.models import Tokenizer, load_tokenizer
+from qjax.models.perplexity import perplexity
+
+PYLM = Path(__file__).parents[3] / "examples" / "pylm-4m"
+INT4_BYTES = 1_622_016  # 3,145,728 codes of half a byte, 24,576 float16 scales
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two windows and a bit."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text((PYLM / "eval.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("int4") / "model"
+    assert main(["quantize", str(PYLM), str(folder), "--scheme", "w4a16"]) == 0
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
+    """What a command prints; it must succeed and keep stderr empty."""
+    assert main([str(arg) for arg in argv]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def fail(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
+    """The one line on stderr of a command that must fail."""
+    try:
+        status = main([str(arg) for arg in argv])
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status not in (0, None)
+    assert err.count("\n") == 1 and err.startswith("qjax") and ": error: " in err
+    assert "Traceback" not in err
+    return err
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+    assert set(COMMANDS) == {"quantize", "generate", "perplexity", "explain", "devices"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert "--debug" in capsys.readouterr().out
+
+
+ERRORS: list[tuple[list[str], str]] = [
+    ([], "arguments are required: COMMAND"),
+    (["fly"], "invalid choice: 'fly'"),
+    (["quantize", "{pylm}"], "arguments are required: OUT"),
+    (["generate", "{pylm}", "--prompt", "x", "--top-k", "many"], "invalid int value: 'many'"),
+    (["devices", "--colour"], "unrecognized arguments: --colour"),
+    (["explain", "{tmp}/nothing"], "nothing: does not exist; expected a local checkpoint folder"),
+    (["explain", "{pylm}", "--device", "H300"], "unknown device 'H300'"),
+    (["explain", "{pylm}", "--backend", "quick"], "unknown backend 'quick'"),
+    (["explain", "{pylm}", "--scheme", "w9a16"], "unknown scheme 'w9a16'; known: w8a16"),
+    (["quantize", "{pylm}", "{tmp}/out"], "give --scheme S, --rules FILE or both"),
+    (["quantize", "{pylm}", "{tmp}/out", "--scheme", "w4a16:size=3"], "w4a16: unknown option 'size'"),
+    (["quantize", "{pylm}", "{tmp}/out", "--scheme", "w4a16:group_size=96"], "group_size=96 does not divide K=256"),
+    (["quantize", "{pylm}", "{pylm}", "--scheme", "w4a16"], "pylm-4m: exists; choose another folder or --overwrite"),
+    (["quantize", "{pylm}", "{tmp}/out", "--rules", "{tmp}/none"], "No such file"),
+    (["perplexity", "{pylm}", "--text", "{tmp}/none"], "No such file"),
+    (["perplexity", "{pylm}", "--text", "{pylm}/config.json", "--tokenizer", "{tmp}"], "tokenizer.json: no such file"),
+    (["perplexity", "{pylm}", "--text", "{pylm}/generation_config.json"], "expected at least one window"),
+    (["perplexity", "{pylm}", "--text", "{pylm}/reference_logits.npz"], "not UTF-8 text at byte"),
+    (["perplexity", "{pylm}", "--text", "{pylm}/eval.txt", "--windows", "0"], "max_windows=0"),
+    (["generate", "{pylm}", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
+    (["generate", "{pylm}", "--prompt", "x", "--max-new-tokens", "4096"], "exceed the model's 2048 positions"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), ERRORS, ids=lambda value: str(value)[:60])
+def test_an_error_is_one_line_and_a_status(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fail(capsys, *(arg.format(pylm=PYLM, tmp=tmp_path) for arg in argv))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bug_is_one_line_too_with_its_class(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(_: Any) -> None:
+        raise KeyError("first line\nsecond line")
+
+    monkeypatch.setattr(COMMANDS["devices"], "run", breaks)
+    assert "KeyError: " in fail(capsys, "devices")
+
+
+@pytest.mark.parametrize("argv", [["--debug", "explain", "nowhere"], ["explain", "nowhere", "--debug"]], ids=str)
+def test_debug_shows_the_traceback(argv: list[str]) -> None:
+    with pytest.raises(QJaxError, match="nowhere"):
+        main(argv)
+
+
+def test_quantize_writes_a_folder_that_load_reads(int4: Path) -> None:
+    found = list(layers(load(int4)))
+    assert {str(layer.kernel.scheme) for layer in found} == {"w4a16:group_size=128"}
+    assert sum(layer.kernel.nbytes for layer in found) == INT4_BYTES
+
+
+def test_quantize_says_what_became_of_the_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "quantize", PYLM, tmp_path / "out", "--scheme", "nvfp4").splitlines()
+    assert out[0].split() == ["scheme", "layers", "bytes", "before", "bytes", "after", "ratio", "time"]
+    assert out[1].startswith("nvfp4   28 of 28     6,291,456    1,769,584  3.56x")
+
+
+def test_rules_come_first_and_the_scheme_is_for_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rules").write_text("# MLPs\nlayers/./mlp/.* nf4\n.*o_proj none\n", encoding="utf-8")
+    run(capsys, "quantize", PYLM, tmp_path / "out", "--rules", tmp_path / "rules", "--scheme", "w8a16")
+    schemes = {layer.path: str(getattr(layer.kernel, "scheme", None)) for layer in layers(load(tmp_path / "out"))}
+    assert schemes["layers.1.mlp.up_proj"] == "nf4"
+    assert schemes["layers.1.self_attn.o_proj"] == "None"
+    assert schemes["layers.1.self_attn.q_proj"] == "w8a16"
+
+
+def test_a_rule_that_matches_nothing_is_an_error_with_its_pattern(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rules").write_text("layers/9/.* nf4\n", encoding="utf-8")
+    assert "'layers/9/.*'" in fail(capsys, "quantize", PYLM, tmp_path / "out", "--rules", tmp_path / "rules")
+    (tmp_path / "rules").write_text("one two three\n", encoding="utf-8")
+    assert "rules, line 1" in fail(capsys, "quantize", PYLM, tmp_path / "out", "--rules", tmp_path / "rules")
+
+
+def test_overwrite_replaces_a_checkpoint_but_no_other_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    run(capsys, "quantize", PYLM, out, "--scheme", "w4a16")  # an empty one is as good as none
+    assert "exists" in fail(capsys, "quantize", PYLM, out, "--scheme", "w8a16")
+    run(capsys, "quantize", PYLM, out, "--scheme", "w8a16", "--overwrite")
+    assert {str(layer.kernel.scheme) for layer in layers(load(out))} == {"w8a16"}
+    (out / "config.json").unlink()
+    assert "not a checkpoint" in fail(capsys, "quantize", PYLM, out, "--scheme", "w8a16", "--overwrite")
+
+
+def test_perplexity_as_json_of_a_dense_model(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, "perplexity", PYLM, "--text", text, "--json"))
+    ids = load_tokenizer(PYLM).encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
+    expected = perplexity(load(PYLM), ids)
+    assert found == {
+        "perplexity": expected.perplexity,
+        "windows": 2,
+        "tokens": 2 * 511,
+        "bytes": 6_291_456,
+        "scheme": None,
+    }
+
+
+def test_perplexity_on_the_fly_is_that_of_the_folder_and_its_base_is_the_folder_itself(
+    text: Path, int4: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--text", text, "--windows", 1, "--json")
+    on_the_fly = json.loads(run(capsys, "perplexity", PYLM, "--scheme", "w4a16", *options))
+    stored = json.loads(run(capsys, "perplexity", int4, "--base", PYLM, "--tokenizer", PYLM, *options))
+    assert list(on_the_fly) == ["perplexity", "windows", "tokens", "bytes", "scheme", "kl", "top1"]
+    assert (on_the_fly["bytes"], on_the_fly["scheme"]) == (INT4_BYTES, "w4a16:group_size=128")
+    assert on_the_fly == stored
+    # The whole text's KL is 0.069 and its agreement 0.87; one window may differ by a factor of two.
+    assert 0.03 < on_the_fly["kl"] < 0.14 and 0.74 < on_the_fly["top1"] < 0.94
+
+
+def test_perplexity_prints_a_table_without_json(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(capsys, "perplexity", PYLM, "--text", text, "--windows", 1, "--scheme", "w8a16").splitlines()
+    assert lines[0].split() == ["perplexity", "windows", "tokens", "bytes", "scheme", "kl", "top1"]
+    assert lines[1].split()[1:5] == ["1", "511", "3,186,688", "w8a16"]
+
+
+def test_generate_streams_what_the_reference_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    reference = np.load(PYLM / "reference_logits.npz")
+    tokenizer = load_tokenizer(PYLM)
+    prompt = tokenizer.decode(reference["prompt2_ids"].tolist())
+    out = run(capsys, "generate", PYLM, "--prompt", prompt, "--max-new-tokens", 64)
+    assert out == tokenizer.decode(reference["continuation2_ids"].tolist()) + "\n"
+
+
+def test_generate_from_a_quantized_folder_ends_before_a_stop_text(
+    int4: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("generate", int4, "--prompt", "def f(self):\n    return", "--max-new-tokens", 24)
+    whole = run(capsys, *argv).removesuffix("\n")
+    stop = whole[9:14]
+    assert run(capsys, *argv, "--stop", stop, "--stop", "never") == whole[: whole.index(stop)] + "\n"
+
+
+def test_sampling_depends_on_the_seed_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("generate", PYLM, "--prompt", "import", "--max-new-tokens", 16, "--temperature", 1.0, "--top-k", 50)
+    first = run(capsys, *argv, "--top-p", 0.9, "--seed", 1)
+    assert run(capsys, *argv, "--top-p", 0.9, "--seed", 1) == first
+    assert run(capsys, *argv, "--top-p", 0.9, "--seed", 2) != first
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(PYLM)
+
+
+def test_a_character_of_several_tokens_is_written_once_it_is_whole(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = tokenizer.encode("x = '☃'", add_special_tokens=False)
+    assert len(tokenizer.encode("☃", add_special_tokens=False)) > 1
+    stream = TextStream(tokenizer, ids[:1], [])
+    written = []
+    for token in ids[1:]:
+        stream.add(token)
+        written.append(capsys.readouterr().out)
+    assert "".join(written) == " = '☃'" and len(written) > 3
+    assert all("\ufffd" not in piece for piece in written)
+
+
+def test_what_may_become_a_stop_text_is_held_back_and_given_out_at_the_end(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = TextStream(tokenizer, [], ["abc###"])
+    for token in tokenizer.encode("1 abc", add_special_tokens=False):
+        stream.add(token)
+    assert capsys.readouterr().out == "1 "
+    stream.finish()
+    assert capsys.readouterr().out == "abc"
+
+
+def test_explain_merges_alike_layers_and_is_for_the_device_that_was_named(
+    int4: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = run(capsys, "explain", int4, "--device", "h200", "--rows", 16).splitlines()
+    assert lines[0].startswith("on H200")
+    (down,) = (line for line in lines if "down_proj" in line)
+    assert down.startswith("layers.*.mlp.down_proj") and "16 x 768 x 256" in down and down.endswith(" 4")
+    assert sum("_proj" in line for line in lines) == 7
+
+
+def test_explain_a_dense_folder_as_if_it_were_quantized(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not quantized" in run(capsys, "explain", PYLM)
+    out = run(capsys, "explain", PYLM, "--scheme", "mxfp4", "--backend", "torch")
+    assert "not quantized" not in out and "asked for" in out and "'torch' means" in out
+
+
+def test_devices_lists_every_row_marks_ours_and_says_why_not_of_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    table, backends = run(capsys, "devices").split("\n\n")
+    rows = table.splitlines()[2:]
+    for row in devices.TABLE:
+        assert sum(f" {row.name}  " in line for line in rows) == 1
+    (ours,) = (line for line in rows[:-1] if line.startswith(">"))
+    assert ours.split()[1] == "CPU"
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in backends.splitlines()[2:]}
+    assert lines.keys() == set(BACKENDS)
+    assert lines["xla"].startswith("yes") and lines["mosaic"].startswith("no: ")
+
+
+def test_devices_gives_the_source_of_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "devices", "--sources")
+    assert all(f"{row.name}: {row.source}" in out for row in devices.TABLE)
+
+
+def test_a_table_is_drawn_on_a_terminal_and_plain_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = dict(title="[bold]", right=["n"], notes=["a note"])
+    tables.show(("name", "n"), [("[red]", 1), ("b", None)], **given)
+    assert capsys.readouterr().out == "[bold]\nname   n\n[red]  1\nb\na note\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    tables.show(("name", "n"), [("[red]", 1), ("b", None)], **given)
+    drawn = capsys.readouterr().out
+    assert "─" in drawn and "[red]" in drawn and "[bold]" in drawn and "a note" in drawn
