@@ -82,7 +82,7 @@ def measure(rules: Any, ids: list[int], base: Any) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """Machine, versions and revision."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     here = {"device": devices.current().name, "machine": platform.machine(), "python": platform.python_version()}
     return {**here, **versions, "qjax": qjax.__version__, "revision": git.stdout.strip()}

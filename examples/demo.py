@@ -1,7 +1,7 @@
 """QJAX's main job on a small, real model: `make demo` quantizes pylm-4m to every format and shows what that costs.
 
 One table (bytes, perplexity on held-out text, KL to the original, tokens a second, the kernel that ran), a plot of the
-same, and a few lines that the int4 model writes. Two minutes at most on two CPU cores.
+same, and a few lines that the int4 model writes. A minute and a quarter on two CPU cores.
 """
 
 import time

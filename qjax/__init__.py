@@ -1,15 +1,21 @@
 """QJAX: quantized inference for JAX on NVIDIA GPUs, as drop-in Flax layers over packed weights and fused kernels."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from qjax import errors as errors
 from qjax import sharding as sharding
 from qjax._version import __version__ as __version__
 from qjax.contract import dot_general as dot_general
 from qjax.contract import einsum as einsum
+from qjax.convert import quantize as quantize
 from qjax.dispatch.choose import use as use
+from qjax.explain import explain as explain
 from qjax.matmul import matmul as matmul
 from qjax.qtensor import QTensor as QTensor
 from qjax.qtensor import concat_rows as concat_rows
 from qjax.quantize import quantize_array as quantize_array
+from qjax.rules import Rule as Rule
 from qjax.schemes import FP4 as FP4
 from qjax.schemes import FP8 as FP8
 from qjax.schemes import MXFP4 as MXFP4
@@ -28,3 +34,35 @@ from qjax.schemes import Scheme as Scheme
 from qjax.schemes import W4A8Int8 as W4A8Int8
 from qjax.schemes import W8A8Int8 as W8A8Int8
 from qjax.schemes import parse_scheme as parse_scheme
+
+if TYPE_CHECKING:
+    from qjax import linen as linen
+    from qjax import models as models
+    from qjax import nnx as nnx
+    from qjax.checkpoints.load import load as load
+    from qjax.checkpoints.save import save as save
+    from qjax.models.tokenizer import load_tokenizer as load_tokenizer
+
+# What brings Flax, tokenizers or checkpoint readers with it is imported when first asked for.
+_LAZY = {
+    "linen": ("qjax.linen", None),
+    "nnx": ("qjax.nnx", None),
+    "models": ("qjax.models", None),
+    "load": ("qjax.checkpoints.load", "load"),
+    "save": ("qjax.checkpoints.save", "save"),
+    "load_tokenizer": ("qjax.models.tokenizer", "load_tokenizer"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name of `_LAZY`."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'qjax' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    found = importlib.import_module(module)
+    return found if attribute is None else getattr(found, attribute)
+
+
+def __dir__() -> list[str]:
+    """Public names, those imported later too."""
+    return sorted({*globals(), *_LAZY})

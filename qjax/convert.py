@@ -15,9 +15,7 @@ from qjax.errors import QuantizeError
 from qjax.flax_kernel import KernelUse, quantize_kernel
 from qjax.progress import track
 from qjax.qtensor import is_qtensor
-from qjax.rules import EVERYTHING, Kind, Rule, RuleUse, as_rules, match
-
-KINDS: dict[str, Kind] = {"kernel": "dense", "embedding": "embedding"}  # by the param's name
+from qjax.rules import EVERYTHING, KINDS, Kind, Rule, RuleUse, as_rules, match
 
 
 def _told(rule: Rule, rank: int, kind: Kind) -> KernelUse | None:

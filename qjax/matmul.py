@@ -227,6 +227,6 @@ def matmul(
 
 def _vary_like(x: jax.Array, leaves: list[jax.Array]) -> jax.Array:
     """Inside a shard_map: x marked as varying over the mesh axes of the weight, so that its gradients add."""
-    varying = frozenset().union(*(jax.typeof(a).vma for a in leaves))
-    missing = tuple(sorted(varying - jax.typeof(x).vma))
+    varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in leaves))
+    missing = tuple(sorted(varying - jax.typeof(x).manual_axis_type.varying))
     return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -15,6 +15,9 @@ from qjax.schemes import Scheme, as_scheme
 
 Kind = Literal["dense", "embedding"]
 
+# What a param is, by its name.
+KINDS: dict[str, Kind] = {"kernel": "dense", "embedding": "embedding"}
+
 EVERYTHING = ".*"
 
 # Names of modules (the last part of a path) that make logits: too few weights to save much by, and the most sensitive.

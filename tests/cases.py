@@ -69,7 +69,7 @@ SHAPES = {
     "leading": (16, 512, 96),
 }
 
-# K of Llama-7B-like, DeepSeek-V2-lite, SigLIP and GPT-OSS layers over 8 devices or whole, each with groups that divide it.
+# K of Llama-7B-like, DeepSeek-V2-lite, SigLIP and GPT-OSS layers over 8 devices or whole, with groups that divide it.
 UNEVEN = (
     (7392, "w4a16:group_size=32"),
     (7392, "mxfp4"),
@@ -135,7 +135,15 @@ CASES = (
         Case(s, *SHAPES[name])
         for name in SHAPES
         if name != "odd N"
-        for s in ("w4a16", "w4a16:group_size=16,symmetric=false", "w8a16", "fp8", "nf4:double_quant=true", "nvfp4", "w8a8_int8")
+        for s in (
+            "w4a16",
+            "w4a16:group_size=16,symmetric=false",
+            "w8a16",
+            "fp8",
+            "nf4:double_quant=true",
+            "nvfp4",
+            "w8a8_int8",
+        )
     ),
     *(Case(s, m, k, 9) for m, (k, s) in zip((1, 2, 5) * 4, UNEVEN, strict=False)),
 )
@@ -185,11 +193,13 @@ ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 FLOOR = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-25}
 
 
-def tolerance(x: np.ndarray, w: np.ndarray, exact: np.ndarray, dtype: Any, *, epilogue: np.ndarray | float = 0.0) -> np.ndarray:
+def tolerance(
+    x: np.ndarray, w: np.ndarray, exact: np.ndarray, dtype: Any, *, epilogue: np.ndarray | float = 0.0
+) -> np.ndarray:
     """How far each element of a product accumulated in float32 and rounded once may be from `exact`.
 
-    A sum of K products in float32 errs by at most K u sum|x||w|, u = 2^-24, in the worst case and in any order; roundings
-    are as good as independent, and by Higham and Mary (2019, theorem 2.4) the error stays below lambda sqrt(K) u sum|x||w|
+    A sum of K products in float32 errs by at most K u sum|x||w|, u = 2^-24, in the worst case and in any order;
+    roundings are as good as independent, and by Higham and Mary (2019, theorem 2.4) the error stays below lambda sqrt(K) u sum|x||w|
     but for a probability 2 exp(-lambda^2 / 2) an element: lambda = 5 is one in 10^5, of the worst signs. Two more u are
     for the rounding of a product, and of a weight that a kernel dequantizes in another order than the oracle. The
     epilogue's functions have slopes up to 1.13 and err by less than 16 u of their argument (`epilogue`, its magnitude).
@@ -219,7 +229,9 @@ def assert_product(
     got = np.asarray(y, np.float64)
     assert got.shape == exact.shape, (got.shape, exact.shape)
     has_epilogue = bias is not None or activation is not None or residual is not None
-    argument = np.abs(met @ dense) + np.abs(0 if bias is None else np.asarray(bias, np.float64)) if has_epilogue else 0.0
+    argument = (
+        np.abs(met @ dense) + np.abs(0 if bias is None else np.asarray(bias, np.float64)) if has_epilogue else 0.0
+    )
     bound = tolerance(met, dense, exact, y.dtype, epilogue=argument)
     worst = np.max(np.abs(got - exact) / bound, initial=0.0)
     assert worst <= 1, f"error is {worst:.3g} of what is allowed, in {np.sum(np.abs(got - exact) > bound)} elements"

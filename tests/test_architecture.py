@@ -80,8 +80,13 @@ MAY_IMPORT = {
     "qjax.dispatch.choose": Row("qjax.dispatch qjax.devices"),
     "qjax.dispatch.explain": Row("qjax.dispatch qjax.devices"),
     # What a user touches.
-    "qjax.linen.*": Row(f"{PRODUCT} qjax.rules", "flax"),
-    "qjax.nnx.*": Row(f"{PRODUCT} qjax.rules", "flax"),
+    "qjax.progress": Row("", "rich"),
+    "qjax.lookup": Row(f"{TENSOR} qjax.dequantize"),
+    "qjax.flax_kernel": Row(f"{TENSOR} qjax.quantize qjax.partition qjax.sharding"),
+    "qjax.convert": Row(f"{TENSOR} qjax.flax_kernel qjax.progress qjax.rules qjax.linen"),
+    "qjax.explain": Row(f"{TENSOR} qjax.kernel_call qjax.dispatch qjax.devices qjax.nnx qjax.models", "flax"),
+    "qjax.linen.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup", "flax"),
+    "qjax.nnx.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress", "flax"),
     "qjax.checkpoints.*": Row(TENSOR, "safetensors orbax"),
     "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints", "flax tokenizers"),
     "qjax.cli.*": Row(f"{PUBLIC} qjax.rules qjax.devices", "rich matplotlib tokenizers"),
@@ -95,7 +100,7 @@ MAY_IMPORT = {
 }
 
 # Who may look a module up by its name: the kernels are found so, and may be absent.
-LOOK_UP_MODULES = {"qjax.dispatch.choose", "qjax.kernel_call"}
+LOOK_UP_MODULES = {"qjax", "qjax.dispatch.choose"}
 
 # Names that say nothing about what a room is for, or that hide a module of the standard library.
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "manager", "base"}

@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA GPUs since Ampere, in Pallas lowered through Triton. JAX has deprecated that lowering: the folder may go."""
+"""Kernels for NVIDIA GPUs since Ampere, in Pallas lowered through Triton, a lowering that JAX has deprecated."""

@@ -1,21 +1,20 @@
-"""Codes of four bits -> operands of the tensor cores, inside a kernel: one 2-D tile of words in, eight tiles of values out.
+"""Codes of four bits -> operands of the tensor cores, inside a kernel: a tile of words in, eight tiles of values out.
 
-Word `4c + j` of a block of 128 holds, at nibble `4l + 2s + h`, the code of k = 32j + 16s + 8h + 2c + l. Fixing the nibble p
-gives one code from each of a block's 16 words: a tile [N, 16] whose columns are words, to be multiplied by the x of those 16
-k (`matmul_int4.in_word_order` puts them side by side). Two neighbouring words w0, w1 of a row make one register of two
-values, which is what `mma` takes:
+Word `4c + j` of a block of 128 holds, at nibble `4l + 2s + h`, the code of k = 32j + 16s + 8h + 2c + l. Fixing the
+nibble p gives one code from each of a block's 16 words: a tile [N, 16] whose columns are words, to be multiplied by the
+x of those 16 k (`matmul_4bit.in_word_order` puts them side by side). Two neighbouring words w0, w1 of a row make one
+register of two values, which is what `mma` takes:
 
     halves:  lo = w0[0:16] | w1[0:16] << 16        l = 0        hi = w0[16:32] | w1[16:32] << 16        l = 1
-    int4:    (lo >> 4t) & 0x000f000f | 0x43004300     = bf16 pair 128 + code, exact;  then  + (-128 - zero_point)
+    int4:    (lo >> 4t) & 0x000f000f | 0x43004300   = bf16 pair 128 + code, exact;  then  + (-136)
     e2m1:    sign to bit 15, exponent and mantissa to bits 8..6: bf16 value * 2^-126, exact;  then  * 2^126
     tables:  the two bytes of a bf16 by PRMT from 2 x 4 registers, for the four nibbles of a half word at once
 
-The conversions are PTX because neither a 16-bit pair nor a byte permutation can be said in Pallas. `interpret` gives the
-same values in plain operations, for machines without a GPU.
+The conversions are PTX because neither a 16-bit pair nor a byte permutation can be said in Pallas. `interpret` gives
+the same values in plain operations, for machines without a GPU.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,40 +67,31 @@ def _fma(dtype: str) -> str:
     return "fma.rn.bf16x2" if dtype == "bfloat16" else "fma.rn.f16x2"
 
 
-def int4_values(pairs: jax.Array, position: int, minus_zero: jax.Array | None, dtype: str) -> jax.Array:
-    """`code - zero_point` at one nibble of all words, exact.
+def int4_values(pairs: jax.Array, position: int, dtype: str) -> jax.Array:
+    """`code - 8` at one nibble of all words, exact.
 
     Args:
       pairs: of `halves`.
       position: 0..7.
-      minus_zero: `-(zero_point + magic)` in `dtype`, shaped like `pairs` (`minus_zero_of`); None is zero point 8.
       dtype: "bfloat16" or "float16".
     """
     magic, offset = _MAGIC[dtype]
-    l, t = divmod(position, 4)
-    args, subtract = [pairs], _pair(-(offset + 8), dtype)
-    if minus_zero is not None:
-        args, subtract = [pairs, minus_zero], "$3"
+    half, t = divmod(position, 4)
     text = (
         "{ .reg .b32 v, e, o; "
-        f"mov.b32 o, {_pair(1.0, dtype)}; mov.b32 e, {subtract}; shr.b32 v, ${1 + l}, {4 * t}; "
+        f"mov.b32 o, {_pair(1.0, dtype)}; mov.b32 e, {_pair(-(offset + 8), dtype)}; shr.b32 v, ${1 + half}, {4 * t}; "
         f"lop3.b32 v, v, 0x000f000f, 0x{magic:04x}{magic:04x}, 0xEA; {_fma(dtype)} $0, v, o, e; }}"
     )
-    return _asm(text, "=r,r,r" + ",r" * (len(args) - 1), args, jnp.dtype(dtype))
-
-
-def minus_zero_of(zero_point: jax.Array, dtype: str) -> jax.Array:
-    """What `int4_values` adds for int8 zero points 0..15: exact in both types."""
-    return (-(zero_point.astype(jnp.float32) + _MAGIC[dtype][1])).astype(dtype)
+    return _asm(text, "=r,r,r", [pairs], jnp.dtype(dtype))
 
 
 def e2m1_values(pairs: jax.Array, position: int, dtype: str) -> jax.Array:
     """The e2m1 value at one nibble of all words, exact."""
     end, factor = _E2M1_SHIFT[dtype]
-    l, t = divmod(position, 4)
+    half, t = divmod(position, 4)
 
     def shifted(by: int) -> str:
-        return f"shl.b32 v, ${1 + l}, {by};" if by >= 0 else f"shr.b32 v, ${1 + l}, {-by};"
+        return f"shl.b32 v, ${1 + half}, {by};" if by >= 0 else f"shr.b32 v, ${1 + half}, {-by};"
 
     body = 7 << end
     text = (
@@ -149,19 +139,18 @@ def table_values(low: jax.Array, high: jax.Array, t: int, dtype: str) -> jax.Arr
     return _asm(text, "=r,r,r,r,r", [low, high], jnp.dtype(dtype))
 
 
-def _plain(words: jax.Array, position: int, table: tuple[float, ...] | None, minus_zero: Any, dtype: str) -> jax.Array:
+def _plain(words: jax.Array, position: int, table: tuple[float, ...] | None, dtype: str) -> jax.Array:
     """The same values in plain operations."""
     code = ((words >> jnp.uint32(4 * position)) & jnp.uint32(15)).astype(jnp.int32)
-    if table is not None:
-        value = jnp.zeros(code.shape, jnp.float32)
-        for i, entry in enumerate(table):
-            value = jnp.where(code == i, np.float32(entry), value)
-        return value.astype(dtype)
-    zero = 8.0 if minus_zero is None else -minus_zero.astype(jnp.float32) - _MAGIC[dtype][1]
-    return (code.astype(jnp.float32) - zero).astype(dtype)
+    if table is None:
+        return (code - 8).astype(dtype)
+    value = jnp.zeros(code.shape, jnp.float32)
+    for i, entry in enumerate(table):
+        value = jnp.where(code == i, np.float32(entry), value)
+    return value.astype(dtype)
 
 
-def reader(weight: str, words: jax.Array, dtype: str, interpret: bool) -> Callable[..., jax.Array]:
+def reader(weight: str, words: jax.Array, dtype: str, interpret: bool) -> Callable[[int], jax.Array]:
     """How to read one tile of words.
 
     Args:
@@ -171,20 +160,19 @@ def reader(weight: str, words: jax.Array, dtype: str, interpret: bool) -> Callab
       interpret: plain operations instead of PTX.
 
     Returns:
-      `(position, minus_zero=None) -> [N, 16]` in `dtype`: values at one nibble of all words.
+      `position -> [N, 16]` in `dtype`: values at one nibble of all words; int4 codes minus 8.
     """
     if interpret:
         table = {"e2m1": E2M1, **TABLES}.get(weight)
-        return lambda position, minus_zero=None: _plain(words, position, table, minus_zero, dtype)
+        return lambda position: _plain(words, position, table, dtype)
     if weight in TABLES:
         parts = {(h, b): table_bytes(words, h, TABLES[weight], dtype, bool(b)) for h in (0, 1) for b in (0, 1)}
 
-        def look_up(position: int, minus_zero: None = None) -> jax.Array:
+        def look_up(position: int) -> jax.Array:
             half, t = divmod(position, 4)
             return table_values(parts[half, 0], parts[half, 1], t, dtype)
 
         return look_up
     pairs = halves(words)
-    if weight == "e2m1":
-        return lambda position, minus_zero=None: e2m1_values(pairs, position, dtype)
-    return lambda position, minus_zero=None: int4_values(pairs, position, minus_zero, dtype)
+    values = e2m1_values if weight == "e2m1" else int4_values
+    return lambda position: values(pairs, position, dtype)

@@ -1,25 +1,28 @@
 """y = residual + activation(x @ w + bias) with weights of four bits: int4, e2m1 (MXFP4, NVFP4), NF4, FP4.
 
-    y[m, n] = sum_k x[m, k] * value(code[n, k]) * scale[n, k // g]        value(code) = code - zero_point, or a table's entry
+    y[m, n] = sum_k x[m, k] * value(code[n, k]) * scale[n, k // g]
+    value(code) = code - zero_point, or a table's entry
 
 Operands
-    x        bfloat16 or float16 [M, K]
-    packed   uint32 [N, B, 16], B = ceil(K / 128): the packed order of four bits (see `decode`)
-    scale    float16, bfloat16, float32, e4m3 or e8m0 [N, ceil(K / g)], g = 16, 32, 64 or a multiple of 128; or [1, 1]
-    zero_point int8 like scale; bias [N]; residual [M, N]; global_scale float32 [] or [N]
+    x          bfloat16 or float16 [M, K]
+    packed     uint32 [N, B, 16], B = ceil(K / 128): the packed order of four bits (see `decode`)
+    scale      float16, bfloat16, float32, e4m3 or e8m0 [N, ceil(K / g)], g = 16, 32, 64 or a multiple of 128; or [1, 1]
+    zero_point int8 or float like scale; bias [N]; residual [M, N]; global_scale float32 [] or [N]
 
-Work: a program owns `tile_n` rows of the weight and `tile_m` of x, and a share of the blocks of 128 (`split_k`). For one block:
+Work: a program owns `tile_n` rows of the weight and `tile_m` of x, and a share of the blocks of 128 (`split_k`). For one
+block:
 
-    16 words a row --halves--> 2 registers --8 nibble positions--> 8 tiles [tile_n, 16] of values --dot--> += x[tile_m, 16]
+    16 words a row --halves--> pairs --8 nibble positions--> 8 tiles [tile_n, 16] of values --dot--> += x [tile_m, 16]
 
 The weight is the operand that stays in registers: words come through asynchronous copies into shared memory in the very
-layout of `mma`'s first operand, and no value ever changes its thread. x comes in the order of the words: a small transpose that
-XLA fuses into whatever made x. With `split_k` > 1 partial sums go out in float32 and one XLA fusion adds them and finishes.
+layout of `mma`'s first operand, and no value ever changes its thread. x comes in the order of the words: a small
+transpose that XLA fuses into whatever made x. With `split_k` > 1 partial sums go out in float32, and one XLA fusion adds
+them and finishes.
 
-Numerics: products of codes and x are exact in the tensor cores, sums float32. A scale of 128 codes or more multiplies the
-block's float32 sum. Smaller groups: power-of-two (e8m0) and e4m3 scales times e2m1 are exact in bfloat16, so they multiply the
-values; other scales get a sum of their own for each group (x masked). One rounding, of the result. Exceptions: NF4 and FP4 values
-are rounded to x's type.
+Numerics: products of codes and x are exact in the tensor cores, sums float32. A scale of 128 codes or more multiplies
+the block's float32 sum. Smaller groups: power-of-two (e8m0) and e4m3 scales times e2m1 are exact in bfloat16, so they
+multiply the values; other scales get a sum of their own for each group (x masked). One rounding, of the result.
+Exception: NF4 and FP4 values are rounded to x's type.
 """
 
 import dataclasses
@@ -104,6 +107,11 @@ class _Plan:
         return max(1, BLOCK // self.group)
 
     @property
+    def scale_last(self) -> bool:
+        """Whether one scale a row can wait for the end."""
+        return self.columns == 1 and not self.scales_values
+
+    @property
     def scales_values(self) -> bool:
         """Whether scales multiply the values: exact for these formats."""
         return self.per_block > 1 and self.scale_kind != "float"
@@ -172,48 +180,46 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
     def values(block: jax.Array) -> Callable[[int], jax.Array]:
         """`position -> [tile_n, 16]` values of one block, scaled where that is exact."""
         read = decode.reader(plan.weight, load_words(block), dtype, plan.interpret)
-        zero, scale = {}, {}
-        for s in (0, 1):
-            if z_ref is not None:
-                z = decode.minus_zero_of(at_groups(z_ref, word_groups(block, s)), dtype)
-                zero[s] = jnp.broadcast_to(z, (tile.tile_n, WORDS))
-            if plan.scales_values:
-                scale[s] = scale_of(word_groups(block, s)).astype(dtype)
+        if not plan.scales_values:
+            return read
+        scale = [scale_of(word_groups(block, s)).astype(dtype) for s in (0, 1)]
+        return lambda position: read(position) * scale[position // 2 % 2]
 
-        def value(position: int) -> jax.Array:
-            s = position // 2 % 2
-            v = read(position, zero.get(s))
-            return v * scale[s] if scale else v
-
-        return value
-
-    def product(block: jax.Array, value: Callable[[int], jax.Array], group: int | None) -> jax.Array:
-        """Sum over the block, or over one of its groups: the x of others is masked."""
-        part = jnp.zeros((tile.tile_n, tile.tile_m), jnp.float32)
+    def products(block: jax.Array, value: Callable[[int], jax.Array], group: int | None) -> tuple[jax.Array, jax.Array]:
+        """Sums over the block, or over one of its groups (the x of others is masked): of value * x, and of x."""
+        part = sum_x = jnp.zeros((tile.tile_n, tile.tile_m), jnp.float32)
         for position in range(decode.POSITIONS):
             x = load_x(block, position)
             if group is not None:
                 mine = _column_groups((tile.tile_m, WORDS), plan.per_block, position // 2 % 2) == group
                 x = jnp.where(mine, x, jnp.zeros((), x.dtype))
             part = part + plgpu.dot(value(position), x.T)
-        return part
+            if z_ref is not None:  # by the tensor cores, which wait for memory: the sums lie where `part` does
+                sum_x = sum_x + plgpu.dot(jnp.ones((tile.tile_n, WORDS), x.dtype), x.T)
+        return part, sum_x
+
+    def scaled(block: jax.Array, value: Callable[[int], jax.Array], group: int | None) -> jax.Array:
+        """`products` with zero point and scale of their one group."""
+        part, sum_x = products(block, value, group)
+        column = block * BLOCK // plan.group if group is None else block * plan.per_block + group
+        column = jnp.full((1, 1), column)
+        if z_ref is not None:
+            part = part + (8.0 - at_groups(z_ref, column).astype(jnp.float32)) * sum_x
+        return part if plan.scale_last else part * scale_of(column)
 
     def step(block: jax.Array, total: jax.Array) -> jax.Array:
         value = values(block)
-        if plan.scales_values or plan.columns == 1:
-            return total + product(block, value, None)
-        if plan.per_block == 1:
-            return total + product(block, value, None) * scale_of(word_groups(block, 0))
-        for group in range(plan.per_block):
-            column = jnp.full((1, 1), block * plan.per_block + group)
-            total = total + product(block, value, group) * scale_of(column)
+        if plan.scales_values:
+            return total + products(block, value, None)[0]
+        for group in [None] if plan.per_block == 1 else range(plan.per_block):
+            total = total + scaled(block, value, group)
         return total
 
     share = -(-plan.blocks // tile.split_k)
     start = pl.program_id(1) * share
     stop = jnp.minimum(start + share, plan.blocks)
     total = jax.lax.fori_loop(start, stop, step, jnp.zeros((tile.tile_n, tile.tile_m), jnp.float32))
-    if plan.columns == 1 and not plan.scales_values:
+    if plan.scale_last:
         total = total * scale_of(jnp.zeros((1, 1), jnp.int32))
     out = out_ref.at[pl.program_id(1), pl.ds(first_x, tile.tile_m), pl.ds(first_row, tile.tile_n)]
     inside = [
@@ -264,8 +270,7 @@ def matmul(
         m, n, blocks, weight, group if scale.shape[1] > 1 else blocks * BLOCK, scale.shape[1], kind,
         scale.shape[0] == 1 < n, zero_point is not None, tile, interpret,
     )  # fmt: skip
-    finish = dict(global_scale=global_scale, bias=bias, activation=activation, residual=residual)
-    whole = tile.split_k == 1 and all(v is None for v in finish.values())
+    whole = tile.split_k == 1 and all(v is None for v in (global_scale, bias, activation, residual))
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     operands = [in_word_order(x, blocks), packed.reshape(n, blocks * WORDS)]
     operands.append(scale if kind == "float" else jax.lax.bitcast_convert_type(scale, jnp.uint8))
@@ -278,4 +283,8 @@ def matmul(
         interpret=interpret,
         name=f"qjax_{weight}_matmul",
     )(*operands)
-    return partial[0] if whole else finish_sums(partial, out_dtype, **finish)
+    if whole:
+        return partial[0]
+    return finish_sums(
+        partial, out_dtype, global_scale=global_scale, bias=bias, activation=activation, residual=residual
+    )

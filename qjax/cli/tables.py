@@ -4,8 +4,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-UNBOUNDED = 10_000
-FOLDED_ABOVE = 30  # characters: columns of shorter cells keep their width on a narrow terminal
+FOLDED_ABOVE = 30  # characters: a narrower column keeps its width on a narrow terminal
 
 
 def show(
@@ -37,14 +36,15 @@ def _drawn(columns: list[str], cells: list[list[str]], title: str, right: frozen
     from rich.text import Text
 
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column, below in zip(columns, zip(*cells, strict=True), strict=True):
-        short = max(map(len, below)) <= FOLDED_ABOVE
-        justify: Literal["left", "right"] = "right" if column in right else "left"
-        table.add_column(Text(column), justify=justify, no_wrap=short, overflow="fold")
+    needed = 0
+    for column in zip(columns, *cells, strict=True):
+        width = min(max(map(len, column)), FOLDED_ABOVE)
+        justify: Literal["left", "right"] = "right" if column[0] in right else "left"
+        table.add_column(Text(column[0]), justify=justify, min_width=width, overflow="fold")
+        needed += width + 2
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))
-    # A terminal wraps a line that is too long; rich, left to itself, would cut digits off numbers.
-    needed = Console(width=UNBOUNDED).measure(table).minimum
+    # A terminal wraps a line that is too long; rich, left to itself, would fold numbers.
     console = Console(width=max(Console().width, needed))
     console.print(table)
     for note in notes:

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
 
-from qjax.convert import KINDS
 from qjax.errors import QuantizeError
 from qjax.flax_kernel import KernelUse
 from qjax.linen.boxes import is_box, unboxed
 from qjax.linen.intercept import intercept, method_of
 from qjax.linen.products import einsum_axes, einsum_spec, general_axes, general_use
 from qjax.qtensor import is_qtensor
+from qjax.rules import KINDS
 
 
 class Numbered(struct.PyTreeNode, meta.AxisMetadata):

@@ -24,7 +24,7 @@ def table(name: str) -> np.ndarray:
 
 
 def nearest(name: str, values: np.ndarray) -> np.ndarray:
-    """Codes by brute force: all distances in float64 (exact: neighbours and values are within 29 binades), then the tie rule."""
+    """Codes by brute force: distances in float64 (exact: neighbours and values are within 29 binades), then ties."""
     row, entries = FORMATS[name], table(name).astype(np.float64)
     codes = []
     for v in values.astype(np.float64):

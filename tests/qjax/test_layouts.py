@@ -20,13 +20,10 @@ def random_codes(bits: int, *shape: int, seed: int = 0) -> np.ndarray:
 
 def place(k: int, bits: int) -> tuple[int, int]:
     """The word and the lowest bit of code k of a block in a plane of `bits` bits."""
-    j, s, h, c, l = (  # noqa: E741
-        (j, s, h, c, l)
-        for j, s, h, c, l in itertools.product(range(4), range(2), range(2), range(4), range(2))
-        if 32 * j + 16 * s + 8 * h + 2 * c + l == k
-    ).__next__()
+    # k = 32 j + 16 s + 8 h + 2 c + l, digit by digit
+    j, s, h, c, low = k // 32, k // 16 % 2, k // 8 % 2, k // 2 % 4, k % 2
     t = 4 * j + 2 * s + h
-    return bits * c + t // (16 // bits), 16 * l + bits * (t % (16 // bits))
+    return bits * c + t // (16 // bits), 16 * low + bits * (t % (16 // bits))
 
 
 def words_by_hand(codes: np.ndarray, bits: int) -> list[int]:

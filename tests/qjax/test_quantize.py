@@ -230,9 +230,7 @@ class ExactTest(parameterized.TestCase):
     def test_scales_are_quotients_rounded_once(self, text, top):
         w = kernel(256, 256)
         q = quantize_array(w, text)
-        np.testing.assert_array_equal(
-            np.asarray(q.scale), over_blocks(np.max, np.abs(w.T), q.scheme.block) / F32(top)
-        )
+        np.testing.assert_array_equal(np.asarray(q.scale), over_blocks(np.max, np.abs(w.T), q.scheme.block) / F32(top))
 
     @parameterized.parameters("w8a16", "w4a16:group_size=-1", "w8a16:group_size=tensor")
     def test_codes_of_wide_groups_are_quotients_rounded_once(self, text):
@@ -270,9 +268,7 @@ class FormulaTest(parameterized.TestCase):
             right_for_the_ratio(zero, -low / scale, lambda r: np.clip(np.rint(r), 0, top))
         unsigned = got.astype(int) + (128 if bits == 8 else 0)
         shift = spread(zero, w, block)
-        right_for_the_ratio(
-            unsigned, w / spread(scale, w, block), lambda r: np.clip(np.rint(r) + shift, 0, top)
-        )
+        right_for_the_ratio(unsigned, w / spread(scale, w, block), lambda r: np.clip(np.rint(r) + shift, 0, top))
 
     @parameterized.product(form=("e4m3", "e5m2"), unit=("tensor", "channel", "block"))
     @FEW
@@ -353,7 +349,7 @@ class RoundTripTest(parameterized.TestCase):
         again = np.asarray(q.dequantize(), np.float64).T
         s, step, top = local_step(q, w)
         saturated = np.maximum(np.abs(w) - top * s, 0)
-        # A 16-bit scale is off by its roundoff, by which 2^b - 1 steps miss the end of the range; else float32 roundings.
+        # A 16-bit scale is off by its roundoff, by which 2^b - 1 steps miss the range; else float32 roundings.
         slack = s * 2**q.scheme.bits * {2: 2.0**-11, 4: 2.0**-22}.get(np.asarray(block_scales(q)).itemsize, 0)
         slack += s * 2**q.scheme.bits * {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(q.scheme.scale_dtype, 0)
         if q.scheme.symmetric:
@@ -528,7 +524,12 @@ class ShapeTest(parameterized.TestCase):
 
 class ErrorTest(parameterized.TestCase):
     @parameterized.parameters(
-        ((100, 4), "w4a16", {}, r"up: group_size=128 does not divide K=100; these do: -1 \(per channel\); or partial_groups"),
+        (
+            (100, 4),
+            "w4a16",
+            {},
+            r"up: group_size=128 does not divide K=100; these do: -1 \(per channel\); or partial_groups",
+        ),
         ((7392, 4), "w4a16", {}, r"group_size=128 does not divide K=7392; these do: 16, 32, -1"),
         ((4304, 4), "mxfp4", {}, r"group_size=32 does not divide K=4304; these do: 16, -1"),
         ((2880, 4), "nf4:block_size=128", {}, r"these do: 16, 32, 64, -1"),

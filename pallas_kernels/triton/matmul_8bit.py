@@ -1,0 +1,181 @@
+"""y = residual + activation(x @ w + bias) with weights of eight bits: int8, e4m3, e5m2.
+
+    y[m, n] = sum_k x[m, k] * (code[n, k] - zero_point[n, k // g]) * scale[n // block_n, k // g]
+
+Operands
+    x          bfloat16 or float16 [M, K]
+    codes      int8, float8_e4m3fn or float8_e5m2 [N, K], natural order
+    scale      float16, bfloat16, float32 or e8m0 [ceil(N / block_n), ceil(K / g)]: one a row, group or 128 x 128 block
+    zero_point int8 like scale; bias [N]; residual [M, N]
+
+Work: a program owns `tile_n` rows of the weight, `tile_m` of x and a share of K (`split_k`), 128 columns a step: codes
+come through asynchronous copies, become values of x's type in registers (exact: e4m3 and e5m2 fit both types, int8 fits
+bfloat16's 8 bits of significand) and meet x in the tensor cores. A group is one step or several; its scale multiplies
+the step's float32 sum. e8m0 scales of 32 are powers of two and multiply the values, exactly.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.triton.finish import finish_sums
+from pallas_kernels.triton.tiles import Tile, tile_for
+
+STEP = 128
+
+
+def unsupported(
+    m: int, k: int, n: int, *, group: int, block_n: int, x_dtype: str, x_format: str | None, scale_dtype: str,
+    transposed: bool, weight: str, cc: int, **_: Any,
+) -> str | None:  # fmt: skip
+    """Why this kernel cannot do a product, or None."""
+    if transposed:
+        return "it multiplies by the weight, not by its transpose"
+    if x_format is not None or x_dtype not in ("bfloat16", "float16"):
+        return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
+    if scale_dtype == "float8_e8m0fnu":
+        return None if group == 32 and x_dtype == "bfloat16" else "e8m0 scales: it knows groups of 32 with bfloat16 x"
+    if weight != "int8" and cc < 89:
+        return "Triton converts FP8 from compute capability 8.9 on"
+    if group < k and group % STEP:
+        return f"groups of {group}: it knows multiples of {STEP}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Static facts of one call."""
+
+    m: int
+    n: int
+    k: int
+    group: int
+    block_n: int
+    rows: int  # of scales
+    columns: int  # of scales
+    powers: bool  # scales are e8m0 bytes
+    zero_point: bool
+    tile: Tile
+
+    @property
+    def scale_last(self) -> bool:
+        """Whether one scale a row can wait for the end."""
+        return self.columns == 1 and not self.powers
+
+
+def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None:
+    """One program: see the module's docstring."""
+    tile, z_ref, out_ref = plan.tile, (refs[0] if plan.zero_point else None), refs[-1]
+    first_row, first_x = pl.program_id(0) * tile.tile_n, pl.program_id(2) * tile.tile_m
+    rows = jnp.minimum(first_row + jnp.arange(tile.tile_n), plan.n - 1)
+
+    def load_tile(ref: Any, first: jax.Array, height: int, size: int, step: jax.Array, policy: str | None) -> jax.Array:
+        """`ref[first : first + height]` of one step, zeros past the edges."""
+        shape, tests = (height, STEP), []
+        if size % height:
+            tests.append(first + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < size)
+        if plan.k % STEP:
+            tests.append(step * STEP + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < plan.k)
+        mask = functools.reduce(jnp.logical_and, tests) if tests else None
+        at = ref.at[pl.ds(first, height), pl.ds(step * STEP, STEP)]
+        other = None if mask is None else jnp.zeros((), ref.dtype)
+        return plgpu.load(at, mask=mask, other=other, eviction_policy=policy)
+
+    def at_groups(ref: Any, column: jax.Array) -> jax.Array:
+        """`ref[rows // block_n, column]` for columns `[1, C]`: `[tile_n, C]`."""
+        shape = (tile.tile_n, column.shape[1])
+        row = jnp.minimum(rows // plan.block_n, plan.rows - 1)
+        column = jnp.broadcast_to(jnp.minimum(column, plan.columns - 1), shape)
+        return plgpu.load(ref.at[jnp.broadcast_to(row[:, None], shape), column])
+
+    def column_of(step: jax.Array) -> jax.Array:
+        return jnp.full((1, 1), step * STEP // plan.group)
+
+    def powers_of(step: jax.Array) -> jax.Array:
+        """e8m0 of each of a step's columns: byte b is 2^(b - 127), whose bfloat16 pattern is b << 7."""
+        inside = jax.lax.broadcasted_iota(jnp.int32, (1, STEP), 1) // plan.group
+        raw = at_groups(s_ref, step * (STEP // plan.group) + inside).astype(jnp.uint32)
+        return jax.lax.bitcast_convert_type(raw << 23, jnp.float32).astype(x_ref.dtype)
+
+    def one_step(step: jax.Array, total: jax.Array) -> jax.Array:
+        codes = load_tile(w_ref, first_row, tile.tile_n, plan.n, step, "evict_first")
+        x = load_tile(x_ref, first_x, tile.tile_m, plan.m, step, None)
+        if z_ref is not None:
+            # past K's edge x is zero, whatever the value
+            codes = codes.astype(jnp.float32) - at_groups(z_ref, column_of(step)).astype(jnp.float32)
+        values = codes.astype(x.dtype)
+        if plan.powers:
+            return total + plgpu.dot(values * powers_of(step), x.T)
+        part = plgpu.dot(values, x.T)
+        return total + (part if plan.scale_last else part * at_groups(s_ref, column_of(step)).astype(jnp.float32))
+
+    steps = -(-plan.k // STEP)
+    share = -(-steps // tile.split_k)
+    start = pl.program_id(1) * share
+    zero = jnp.zeros((tile.tile_n, tile.tile_m), jnp.float32)
+    total = jax.lax.fori_loop(start, jnp.minimum(start + share, steps), one_step, zero)
+    if plan.scale_last:
+        total = total * at_groups(s_ref, jnp.zeros((1, 1), jnp.int32)).astype(jnp.float32)
+    out = out_ref.at[pl.program_id(1), pl.ds(first_x, tile.tile_m), pl.ds(first_row, tile.tile_n)]
+    shape = (tile.tile_m, tile.tile_n)
+    inside = (first_x + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < plan.m) & (
+        first_row + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < plan.n
+    )
+    plgpu.store(out, total.T.astype(out_ref.dtype), mask=inside)
+
+
+def matmul(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    *,
+    group: int,
+    block_n: int = 1,
+    zero_point: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: Any = None,
+    config: dict[str, int] | None = None,
+    sms: int = 132,
+    interpret: bool = False,
+    **_: Any,
+) -> jax.Array:
+    """The product of the module's docstring.
+
+    Args:
+      group: elements of K that share a scale; K or more for one scale a row.
+      block_n: rows that share a scale; N for one in all.
+      config: fields of `Tile`; empty takes `tile_for` the shape and `sms` multiprocessors.
+      interpret: run in plain JAX on any machine.
+      (others: shapes and dtypes in the module's docstring)
+
+    Returns:
+      `[M, N]` in `out_dtype`, default x's.
+    """
+    (m, k), n = x.shape, codes.shape[0]
+    tile = Tile(**config) if config else tile_for(m, n, -(-k // STEP), sms)
+    powers = scale.dtype == jnp.float8_e8m0fnu
+    rows, columns = scale.shape
+    plan = _Plan(m, n, k, min(group, k), block_n, rows, columns, powers, zero_point is not None, tile)
+    whole = tile.split_k == 1 and bias is None and activation is None and residual is None
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    operands = [x, codes, jax.lax.bitcast_convert_type(scale, jnp.uint8) if powers else scale]
+    operands += [] if zero_point is None else [zero_point]
+    partial = pl.pallas_call(
+        functools.partial(_kernel, plan),
+        grid=(-(-n // tile.tile_n), tile.split_k, -(-m // tile.tile_m)),
+        out_shape=jax.ShapeDtypeStruct((tile.split_k, m, n), out_dtype if whole else jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name=f"qjax_{codes.dtype.name}_matmul",
+    )(*operands)
+    if whole:
+        return partial[0]
+    return finish_sums(partial, out_dtype, global_scale=None, bias=bias, activation=activation, residual=residual)
