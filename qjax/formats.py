@@ -59,7 +59,7 @@ def _symmetric(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
 
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FP4 = (0.0, 0.0052083333, 0.6666667, 1.0, 0.3333333, 0.5, 0.1666667, 0.25)
+_FP4 = (0.0, 0.0052083333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -71,8 +71,12 @@ _NF4 = (
 def _dynamic_map() -> tuple[float, ...]:
     """bitsandbytes' signed dynamic map: 7 decades, decade i split into 2^i steps, 0 and 1 added, ascending."""
     values = [0.0, 1.0]
+    first, last = np.float32(0.1), np.float32(1.0)
     for i in range(7):
-        edges = np.linspace(0.1, 1.0, 2**i + 1, dtype=np.float32)
+        # As PyTorch makes them: a float32 step from either end, each edge rounded once.
+        step = np.float64(np.float32((last - first) / np.float32(2**i)))
+        at = np.arange(2**i + 1)
+        edges = np.where(at < len(at) // 2, first + step * at, last - step * (2**i - at)).astype(np.float32)
         middles = (edges[:-1] + edges[1:]) / np.float32(2)
         values += [s * float(np.float32(10.0 ** (i - 6)) * m) for m in middles for s in (1, -1)]
     return tuple(sorted(values))

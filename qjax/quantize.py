@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.dequantize import e8m0_to_float, expand_blocks
+from qjax.dequantize import expand_blocks
 from qjax.errors import QuantizeError
 from qjax.formats import FORMATS, Format, codebook_thresholds
 from qjax.layouts import pack
@@ -44,9 +44,10 @@ def encode(values: jax.Array, form: Format) -> jax.Array:
     return jnp.asarray(order)[index]
 
 
-def _divide(x: jax.Array, constant: float) -> jax.Array:
-    """`x / constant`, rounded once: XLA would multiply by the rounded reciprocal of a constant it can see."""
-    return x / jax.lax.optimization_barrier(jnp.float32(constant))
+def _quotient(x: jax.Array, y: jax.Array | float) -> jax.Array:
+    """`x / y` rounded once, for finite x: XLA would multiply by the rounded reciprocal of a y that it sees to be
+    constant or broadcast, and then weights half way between two codes would go either way."""
+    return x / (y + 0 * x)
 
 
 def _to_range(scale: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -63,16 +64,16 @@ def _integer(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Arr
     top = 2**form.bits - 1
     shift = 0 if form.bits < 8 else -128
     if scheme.symmetric:
-        scale = _to_range(_divide(_reduce_blocks(jnp.abs(w), scheme.block, jnp.max), form.maximum), dtype)
+        scale = _to_range(_quotient(_reduce_blocks(jnp.abs(w), scheme.block, jnp.max), form.maximum), dtype)
         half = 2 ** (form.bits - 1)
-        q = jnp.clip(jnp.round(w / spread(scale.astype(jnp.float32))), -half, half - 1)
+        q = jnp.clip(jnp.round(_quotient(w, spread(scale.astype(jnp.float32)))), -half, half - 1)
         return dict(codes=(q + half + shift).astype(form.dtype), scale=scale)
     low = _reduce_blocks(jnp.minimum(w, 0), scheme.block, jnp.min)
     high = _reduce_blocks(jnp.maximum(w, 0), scheme.block, jnp.max)
-    scale = _to_range(_divide(high - low, top), dtype)
+    scale = _to_range(_quotient(high / 2 - low / 2, top / 2), dtype)  # halves, which don't overflow
     wide = scale.astype(jnp.float32)
-    zero = jnp.clip(jnp.round(-low / wide), 0, top)
-    q = jnp.clip(jnp.round(w / spread(wide)) + spread(zero), 0, top)
+    zero = jnp.clip(jnp.round(_quotient(-low, wide)), 0, top)
+    q = jnp.clip(jnp.round(_quotient(w, spread(wide))) + spread(zero), 0, top)
     return dict(
         codes=(q + shift).astype(form.dtype),
         scale=scale,
@@ -80,12 +81,13 @@ def _integer(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Arr
     )
 
 
-def _power_of_two(amax: jax.Array, form: Format) -> jax.Array:
-    """The e8m0 scale `2^(floor(log2(amax)) - emax)`, exact; 2^-127 for zeros."""
+def _power_of_two(amax: jax.Array, form: Format) -> tuple[jax.Array, jax.Array]:
+    """The e8m0 scale `2^(floor(log2(amax)) - emax)`, 2^-127 for zeros, and its inverse in float32: both exact."""
     assert form.emax is not None, form.name
     _, exponent = jnp.frexp(amax)  # amax = m * 2^exponent, m in [0.5, 1)
-    biased = jnp.where(amax == 0, 0, jnp.clip(exponent - 1 - form.emax + 127, 0, 254))
-    return jax.lax.bitcast_convert_type(biased.astype(jnp.uint8), jnp.float8_e8m0fnu)
+    biased = jnp.where(amax == 0, 0, jnp.clip(exponent - 1 - form.emax + 127, 0, 253)).astype(jnp.uint32)
+    inverse = jax.lax.bitcast_convert_type((254 - biased) << 23, jnp.float32)
+    return jax.lax.bitcast_convert_type(biased.astype(jnp.uint8), jnp.float8_e8m0fnu), inverse
 
 
 def _scaled(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Array]:
@@ -94,14 +96,14 @@ def _scaled(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Arra
     amax = _reduce_blocks(jnp.abs(w), scheme.block, jnp.max)
     spread = functools.partial(expand_blocks, n=n, k=k, block=scheme.block)
     if dtype == jnp.float8_e8m0fnu:
-        scale = _power_of_two(amax, form)
-        return dict(codes=encode(w / spread(e8m0_to_float(scale)), form), scale=scale)
+        scale, inverse = _power_of_two(amax, form)
+        return dict(codes=encode(w * spread(inverse), form), scale=scale)
     if not scheme.global_scale:
-        scale = _to_range(_divide(amax, form.maximum), dtype)
-        return dict(codes=encode(w / spread(scale.astype(jnp.float32)), form), scale=scale)
-    total = _divide(jnp.max(amax, axis=(-2, -1)), _E4M3.maximum * form.maximum)
+        scale = _to_range(_quotient(amax, form.maximum), dtype)
+        return dict(codes=encode(_quotient(w, spread(scale.astype(jnp.float32))), form), scale=scale)
+    total = _quotient(jnp.max(amax, axis=(-2, -1)), _E4M3.maximum * form.maximum)
     total = jnp.where(total == 0, 1.0, total)
-    scale = encode(_divide(amax, form.maximum) / total[..., None, None], _E4M3)
+    scale = encode(_quotient(_quotient(amax, form.maximum), total[..., None, None]), _E4M3)
     step = spread(scale.astype(jnp.float32) * total[..., None, None])
     ratio = jnp.where(step == 0, 0.0, w / jnp.where(step == 0, 1.0, step))
     return dict(codes=encode(ratio, form), scale=scale, global_scale=total)
@@ -148,7 +150,7 @@ def _check_shape(where: str, w: Any, scheme: Scheme, partial_groups: bool, piece
     if w.ndim < 2 or 0 in w.shape:
         raise QuantizeError(f"{where}: shape {tuple(w.shape)} is no kernel; (..., K, N) with K, N > 0 is")
     k, (block_n, block_k) = w.shape[-2], scheme.block
-    if k % pieces:
+    if pieces < 1 or k % pieces:
         raise QuantizeError(f"{where}: K={k} cannot be cut into k_pieces={pieces}")
     if block_k and pieces > 1 and (k // pieces) % block_k:
         raise QuantizeError(f"{where}: a piece of K={k // pieces} cuts groups of {block_k} (k_pieces={pieces})")

@@ -344,7 +344,7 @@ SCHEMES: dict[str, Callable[..., Scheme]] = {
 def _option(name: str, key: str, text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if text.lstrip("-").isdigit():
+    if text.removeprefix("-").isdecimal() and text.isascii():
         return int(text)
     if not text:
         raise SchemeError(f"{name}: option {key} has no value; write {key}=VALUE")
@@ -381,27 +381,3 @@ def as_scheme(scheme: Scheme | str) -> Scheme:
     if isinstance(scheme, str):
         return parse_scheme(scheme)
     raise SchemeError(f"a scheme is a qjax.Scheme or its string; got {type(scheme).__name__}")
-
-
-def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
-    """The scheme as JSON values, for files."""
-    return dataclasses.asdict(scheme)
-
-
-def scheme_from_dict(fields: dict[str, Any]) -> Scheme:
-    """A scheme back from `scheme_to_dict`.
-
-    Raises:
-      SchemeError: for fields that no scheme has, or an unknown weight format.
-    """
-    try:
-        given = dict(fields)
-        given["block"] = tuple(given["block"])
-        if given.get("activation") is not None:
-            given["activation"] = Activation(**given["activation"])
-        scheme = Scheme(**given)
-    except (TypeError, KeyError, ValueError) as error:
-        raise SchemeError(f"not a stored scheme: {fields!r} ({error})") from error
-    if scheme.weight not in FORMATS or len(scheme.block) != 2:
-        raise SchemeError(f"not a stored scheme: {fields!r}; weight formats: {', '.join(FORMATS)}")
-    return scheme

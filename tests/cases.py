@@ -199,11 +199,11 @@ def tolerance(
     """How far each element of a product accumulated in float32 and rounded once may be from `exact`.
 
     A sum of K products in float32 errs by at most K u sum|x||w|, u = 2^-24, in the worst case and in any order;
-    roundings are as good as independent, and by Higham and Mary (2019, theorem 2.4) the error stays below lambda sqrt(K) u sum|x||w|
-    but for a probability 2 exp(-lambda^2 / 2) an element: lambda = 5 is one in 10^5, of the worst signs. Two more u are
-    for the rounding of a product, and of a weight that a kernel dequantizes in another order than the oracle. The
-    epilogue's functions have slopes up to 1.13 and err by less than 16 u of their argument (`epilogue`, its magnitude).
-    Then one rounding to the output.
+    roundings are as good as independent, and by Higham and Mary (2019, theorem 2.4) the error stays below
+    lambda sqrt(K) u sum|x||w| but for a probability 2 exp(-lambda^2 / 2) an element: lambda = 5 is one in 10^5, of the
+    worst signs. Two more u are for the rounding of a product, and of a weight that a kernel dequantizes in another
+    order than the oracle. The epilogue's functions have slopes up to 1.13 and err by less than 16 u of their argument
+    (`epilogue`, its magnitude). Then one rounding to the output.
     """
     u, name = ROUNDOFF["float32"], np.dtype(dtype).name
     sums = (5 * math.sqrt(x.shape[-1]) + 2) * u * (np.abs(x) @ np.abs(w))

@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.experimental.pallas import triton as plgpu
 
@@ -30,7 +29,7 @@ _MAGIC = {"bfloat16": (0x4300, 128.0), "float16": (0x6400, 1024.0)}
 _E2M1_SHIFT = {"bfloat16": (6, 2.0**126), "float16": (9, 2.0**14)}
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_FP4 = (0.0, 0.0052083333, 0.6666667, 1.0, 0.3333333, 0.5, 0.1666667, 0.25)
+_FP4 = (0.0, 0.0052083333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
 TABLES: dict[str, tuple[float, ...]] = {
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -44,7 +43,7 @@ TABLES: dict[str, tuple[float, ...]] = {
 
 def _pair(value: float, dtype: str) -> str:
     """A constant register with `value` in both halves."""
-    bits = int(np.array(value, np.dtype(getattr(ml_dtypes, dtype, dtype))).view(np.uint16))
+    bits = int(np.array(value, jnp.dtype(dtype)).view(np.uint16))
     return f"0x{bits:04x}{bits:04x}"
 
 
@@ -105,7 +104,7 @@ def e2m1_values(pairs: jax.Array, position: int, dtype: str) -> jax.Array:
 
 def _table_bytes(table: tuple[float, ...], dtype: str, high: bool) -> list[str]:
     """Four registers with the low or high bytes of a table's 16 values, in the order of the codes."""
-    bits = np.array(table, np.float32).astype(getattr(ml_dtypes, dtype, dtype)).view(np.uint16)
+    bits = np.array(table, np.float32).astype(jnp.dtype(dtype)).view(np.uint16)
     part = ((bits >> 8) if high else (bits & 0xFF)).astype(np.uint32)
     return [f"0x{sum(int(part[4 * r + i]) << (8 * i) for i in range(4)):08x}" for r in range(4)]
 

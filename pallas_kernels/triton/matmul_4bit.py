@@ -5,19 +5,19 @@
 
 Operands
     x          bfloat16 or float16 [M, K]
-    packed     uint32 [N, B, 16], B = ceil(K / 128): the packed order of four bits (see `decode`)
+    packed     uint32 [N, B, 16], B = ceil(K / 128): the packed order of four bits (`decode`)
     scale      float16, bfloat16, float32, e4m3 or e8m0 [N, ceil(K / g)], g = 16, 32, 64 or a multiple of 128; or [1, 1]
-    zero_point int8 or float like scale; bias [N]; residual [M, N]; global_scale float32 [] or [N]
+    zero_point int8 or float, like scale; bias [N]; residual [M, N]; global_scale float32 [] or [N]
 
-Work: a program owns `tile_n` rows of the weight and `tile_m` of x, and a share of the blocks of 128 (`split_k`). For one
-block:
+Work: a program owns `tile_n` rows of the weight and `tile_m` of x, and a share of the blocks of 128 (`split_k`). For
+one block:
 
     16 words a row --halves--> pairs --8 nibble positions--> 8 tiles [tile_n, 16] of values --dot--> += x [tile_m, 16]
 
 The weight is the operand that stays in registers: words come through asynchronous copies into shared memory in the very
 layout of `mma`'s first operand, and no value ever changes its thread. x comes in the order of the words: a small
-transpose that XLA fuses into whatever made x. With `split_k` > 1 partial sums go out in float32, and one XLA fusion adds
-them and finishes.
+transpose that XLA fuses into whatever made x. With `split_k` > 1 partial sums go out in float32, and one XLA fusion
+adds them and finishes.
 
 Numerics: products of codes and x are exact in the tensor cores, sums float32. A scale of 128 codes or more multiplies
 the block's float32 sum. Smaller groups: power-of-two (e8m0) and e4m3 scales times e2m1 are exact in bfloat16, so they

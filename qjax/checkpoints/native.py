@@ -17,7 +17,8 @@ import numpy as np
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.errors import CheckpointError, SchemeError
 from qjax.qtensor import QTensor
-from qjax.schemes import Activation, Scheme, scheme_from_dict, scheme_to_dict
+from qjax.scheme_json import scheme_from_dict, scheme_to_dict
+from qjax.schemes import Activation, Scheme
 
 METHOD = "qjax"
 VERSION = 1

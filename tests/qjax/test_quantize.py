@@ -1,8 +1,6 @@
 """Quantization to nearest against its formulas, written once more in numpy, and its promises on any weight.
 
-Where a formula divides by a power of two, by a float16 scale or by a block's own maximum, codes are compared exactly.
-A float32 scale may differ by one unit in the last place between a division and a product with the reciprocal, which
-decides ties; there the codes must be right ones for a ratio that is as far off.
+Every division is rounded once, as in numpy, so that codes and scales are compared exactly, ties included.
 """
 
 import dataclasses
@@ -20,11 +18,13 @@ from hypothesis import strategies as st
 
 from qjax.dequantize import block_scales, codes
 from qjax.errors import QuantizeError
+from qjax.formats import FORMATS
 from qjax.qtensor import QTensor, validate_qtensor
 from qjax.quantize import quantize_array
 from qjax.schemes import parse_scheme
 
-FEW = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+SHAPE = (256, 6)  # of most weights here: a shape is compiled once for each scheme
+FEW = settings(max_examples=4, deadline=None, derandomize=True, database=None)
 F32 = np.float32
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 NF4 = np.array(
@@ -138,13 +138,15 @@ def kernel(k, n, seed=0, dtype=np.float32):
 
 
 @st.composite
-def kernels(draw, blocks=(16, 32, 64, 128), short=False):
-    """(`[K, N]`, block_k): whole groups, or with a short last one; one value may stand out, one group be zero."""
+def kernels(draw, blocks=(16, 64), groups=(1, 3), short=False):
+    """(`[K, N]`, block_k): whole groups, or with a short last one; one value may stand out, one group be zero.
+
+    Few shapes: each is compiled for each scheme.
+    """
     block = draw(st.sampled_from(blocks))
-    k = block * draw(st.integers(1, 3)) + (draw(st.integers(1, block - 1)) if short else 0)
-    n = draw(st.sampled_from([1, 3, 8]))
-    w = kernel(k, n, draw(st.integers(0, 1000)))
-    w *= F32(10.0 ** draw(st.integers(-2, 3)))
+    k = block * draw(st.sampled_from(groups)) + (block // 2 + 1 if short else 0)
+    w = kernel(k, draw(st.sampled_from([1, 5])), draw(st.integers(0, 1000)))
+    w *= F32(10.0 ** draw(st.integers(-1, 3)))
     if draw(st.booleans()):
         w[draw(st.integers(0, k - 1)), 0] *= 50
     if draw(st.booleans()):
@@ -162,39 +164,35 @@ def same_floats(got, want):
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
-def within_an_ulp(got, want):
-    got, want = np.asarray(got, F32), np.asarray(want, F32)
-    assert got.shape == want.shape
-    assert np.all(np.abs(got - want) <= np.spacing(np.maximum(np.abs(got), np.abs(want))))
-
-
-def right_for_the_ratio(got, ratio, encode):
-    """Each code is that of the ratio or of one as far off as the last bit of a float32 scale moves it."""
-    near = [encode((ratio.astype(np.float64) * (1 + e)).astype(F32)) for e in (-(2.0**-22), 0.0, 2.0**-22)]
-    got = np.asarray(got, np.float32)
-    assert np.all(np.any([got == np.asarray(c, np.float32) for c in near], axis=0))
-
-
-class ExactTest(parameterized.TestCase):
-    """Scales that every implementation agrees on: codes are equal, all of them."""
-
-    @parameterized.product(bits=(2, 3, 4, 5, 6, 8), symmetric=(True, False))
-    @FEW
+class FormulaTest(parameterized.TestCase):
+    @parameterized.product(bits=(2, 3, 4, 5, 6, 8), symmetric=(True, False), size=("group", "channel", "tensor"))
+    @settings(max_examples=3, deadline=None, derandomize=True, database=None)
     @given(kernels())
-    def test_integers_with_float16_scales_follow_the_formula(self, bits, symmetric, drawn):
-        w, group = drawn
-        q = quantize_array(w, f"w{bits}a16:group_size={group},symmetric={symmetric}")
+    def test_integers(self, bits, symmetric, size, drawn):
+        w, group = drawn[0].T, drawn[1] if size == "group" else size
+        q = quantize_array(drawn[0], f"w{bits}a16:group_size={group},symmetric={symmetric}")
         got, scale = stored(q)
-        want = (sym if symmetric else asym)(w.T, bits, (1, group), scale.dtype)
+        want = (sym if symmetric else asym)(w, bits, q.scheme.block, scale.dtype)
         np.testing.assert_array_equal(scale, want[1])
         np.testing.assert_array_equal(got, want[0])
+        assert (q.zero_point is None) == symmetric
         if not symmetric:
             np.testing.assert_array_equal(np.asarray(q.zero_point), want[2])
+
+    @parameterized.parameters("w8a16", "w4a16:group_size=-1", "w8a16:group_size=tensor", "w3a16:group_size=128")
+    def test_a_weight_half_way_between_two_codes_goes_to_the_even_one(self, text):
+        form = parse_scheme(text).format
+        w = (np.random.default_rng(0).integers(-form.maximum, form.maximum, (256, 64)) + 0.5).astype(F32)
+        w[::128] = form.maximum  # the scale is 1
+        w *= F32(2.0**-7)
+        got = np.asarray(codes(quantize_array(w, text))).astype(int) - form.zero
+        np.testing.assert_array_equal(got, np.rint(w.T * 2.0**7))
+        assert np.sum(got % 2 == 0) > 0.98 * got.size
 
     @parameterized.parameters("nf4", "fp4")
     @FEW
     @given(kernels())
-    def test_tables_follow_the_formula(self, name, drawn):
+    def test_tables(self, name, drawn):
         w, block = drawn
         got, scale = stored(quantize_array(w, f"{name}:block_size={block}"))
         want, a = table(w.T, name, (1, block))
@@ -204,10 +202,9 @@ class ExactTest(parameterized.TestCase):
     @parameterized.parameters(("mxfp4", "e2m1"), ("mxfp8", "e4m3"), ("mxfp8:format=e5m2", "e5m2"))
     @FEW
     @given(kernels(blocks=(32,)))
-    def test_mx_follows_the_formula(self, text, form, drawn):
+    def test_mx(self, text, form, drawn):
         w, _ = drawn
-        q = quantize_array(w, text)
-        got, scale = stored(q)
+        got, scale = stored(quantize_array(w, text))
         want, s = mx(w.T, form, (1, 32))
         np.testing.assert_array_equal(scale.astype(np.float64), s)
         if form == "e2m1":
@@ -216,83 +213,32 @@ class ExactTest(parameterized.TestCase):
             same_floats(got, want)
 
     @parameterized.parameters(
-        (1.0, -2), (0.999, -3), (2.0**-20, -22), (1.9999999, -2), (448.0, 6), (3e-30, -100),
+        (1.0, -2), (0.999, -3), (2.0**-20, -22), (1.9999999, -2), (448.0, 6), (3e-30, -101), (0.0, -127),
     )  # fmt: skip
     def test_an_mx_scale_is_the_binade_of_the_maximum(self, amax, exponent):
         w = np.zeros((32, 1), np.float32)
         w[5] = amax
         assert np.asarray(quantize_array(w, "mxfp4").scale).astype(np.float64) == 2.0**exponent
 
-    @parameterized.parameters(
-        ("w4a16:group_size=32,scale_dtype=float32", 7), ("w8a16", 127), ("fp8", 448),
-        ("w3a16:group_size=16,scale_dtype=float32", 3), ("fp8:granularity=block", 448),
-    )  # fmt: skip
-    def test_scales_are_quotients_rounded_once(self, text, top):
-        w = kernel(256, 256)
-        q = quantize_array(w, text)
-        np.testing.assert_array_equal(np.asarray(q.scale), over_blocks(np.max, np.abs(w.T), q.scheme.block) / F32(top))
-
-    @parameterized.parameters("w8a16", "w4a16:group_size=-1", "w8a16:group_size=tensor")
-    def test_codes_of_wide_groups_are_quotients_rounded_once(self, text):
-        # Odd multiples of half the scale are ties: a product with the rounded reciprocal moves some of them.
-        top = parse_scheme(text).format.maximum
-        scales = np.linspace(0.001, 0.003, 256).astype(F32)
-        if text.endswith("tensor"):
-            scales[:] = F32(0.00123)
-        rng = np.random.default_rng(0)
-        w = (rng.integers(-top, top, (512, 256)) + 0.5).astype(F32) * scales
-        w[0] = top * scales
-        q = quantize_array(w, text)
-        got, scale = stored(q)
-        want = np.clip(np.rint(w.T / scale), -top - 1, top) + q.scheme.format.zero
-        np.testing.assert_array_equal(got, want)
-
-
-class FormulaTest(parameterized.TestCase):
-    """Float32 scales within one unit in the last place, and codes that are right for them."""
-
-    @parameterized.product(bits=(4, 8), symmetric=(True, False), size=(-1, "tensor"))
-    @FEW
-    @given(kernels())
-    def test_integers_per_channel_and_per_tensor(self, bits, symmetric, size, drawn):
-        w = drawn[0].T
-        q = quantize_array(drawn[0], f"w{bits}a16:group_size={size},symmetric={symmetric}")
-        got, scale = stored(q)
-        block = q.scheme.block
-        within_an_ulp(scale, (sym if symmetric else asym)(w, bits, block, F32)[1])
-        top, middle = 2**bits - 1, 2 ** (bits - 1)
-        zero = np.full(scale.shape, middle)
-        if not symmetric:
-            low = over_blocks(np.min, np.minimum(w, 0), block)
-            zero = np.asarray(q.zero_point) + (128 if bits == 8 else 0)
-            right_for_the_ratio(zero, -low / scale, lambda r: np.clip(np.rint(r), 0, top))
-        unsigned = got.astype(int) + (128 if bits == 8 else 0)
-        shift = spread(zero, w, block)
-        right_for_the_ratio(unsigned, w / spread(scale, w, block), lambda r: np.clip(np.rint(r) + shift, 0, top))
-
     @parameterized.product(form=("e4m3", "e5m2"), unit=("tensor", "channel", "block"))
     @FEW
-    @given(kernels(blocks=(96, 128), short=True))
+    @given(kernels(blocks=(128,), short=True))
     def test_fp8_with_blocks_short_at_the_edges(self, form, unit, drawn):
-        w = drawn[0].T
         q = quantize_array(drawn[0], f"fp8:format={form},granularity={unit}")
         got, scale = stored(q)
-        within_an_ulp(scale, fp8(w, form, q.scheme.block)[1])
-        right_for_the_ratio(got, w / spread(scale, w, q.scheme.block), lambda r: float8(form, r))
+        want, s = fp8(drawn[0].T, form, q.scheme.block)
+        np.testing.assert_array_equal(scale, s)
+        same_floats(got, want)
 
     @FEW
     @given(kernels(blocks=(16,)))
     def test_nvfp4(self, drawn):
-        w = drawn[0].T
         q = quantize_array(drawn[0], "nvfp4")
         got, scale = stored(q)
-        _, _, g = nvfp4(w)
-        within_an_ulp(q.global_scale, g)
-        g = np.asarray(q.global_scale)
-        right_for_the_ratio(scale, over_blocks(np.max, np.abs(w), (1, 16)) / F32(6) / g, lambda r: float8("e4m3", r))
-        step = spread(scale.astype(F32), w, (1, 16)) * g
-        ratio = np.divide(w, step, out=np.zeros_like(w), where=step != 0)
-        right_for_the_ratio(E2M1[got], ratio, lambda r: E2M1[e2m1(r)])
+        want, sb, g = nvfp4(drawn[0].T)
+        assert np.asarray(q.global_scale) == (g or 1)
+        same_floats(scale, sb)
+        np.testing.assert_array_equal(E2M1[got], E2M1[want])
 
     @FEW
     @given(kernels(blocks=(16, 64)))
@@ -310,8 +256,6 @@ class FormulaTest(parameterized.TestCase):
         a2 = over_blocks(np.max, np.abs(r), (rows, columns))
         a2 = np.where(a2 == 0, F32(1), a2)
         np.testing.assert_array_equal(np.asarray(nested.scale), a2)
-        from qjax.formats import FORMATS
-
         dynamic = np.array(FORMATS["dynamic8"].codebook, F32)
         want = nearest_entry(dynamic, r / spread(a2, r, (rows, columns)), lambda value, _: value)
         np.testing.assert_array_equal(np.asarray(nested.packed), want)
@@ -340,27 +284,27 @@ def local_step(q, w):
 
 class RoundTripTest(parameterized.TestCase):
     @parameterized.parameters(*(s for s in WEIGHT_ONLY if "double" not in s))
-    @settings(max_examples=6, deadline=None, derandomize=True, database=None)
-    @given(st.sampled_from([128, 256, 384]), st.sampled_from([1, 5]), st.integers(0, 1000), st.integers(-4, 4))
-    def test_a_weight_comes_back_within_half_the_local_step(self, text, k, n, seed, magnitude):
-        kernel_ = kernel(k, n, seed) * F32(10.0**magnitude)
-        q = quantize_array(kernel_, text)
-        w = kernel_.T.astype(np.float64)
+    @FEW
+    @given(st.integers(0, 1000), st.integers(-4, 4), st.booleans())
+    def test_a_weight_comes_back_within_half_the_local_step(self, text, seed, magnitude, one_sided):
+        given_ = kernel(*SHAPE, seed) * F32(10.0**magnitude)
+        q = quantize_array(np.abs(given_) if one_sided else given_, text)
+        w = (np.abs(given_) if one_sided else given_).T.astype(np.float64)
         again = np.asarray(q.dequantize(), np.float64).T
         s, step, top = local_step(q, w)
         saturated = np.maximum(np.abs(w) - top * s, 0)
-        # A 16-bit scale is off by its roundoff, by which 2^b - 1 steps miss the range; else float32 roundings.
-        slack = s * 2**q.scheme.bits * {2: 2.0**-11, 4: 2.0**-22}.get(np.asarray(block_scales(q)).itemsize, 0)
-        slack += s * 2**q.scheme.bits * {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(q.scheme.scale_dtype, 0)
-        if q.scheme.symmetric:
-            slack = np.maximum(np.abs(w), s) * 2.0**-22
+        slack = np.maximum(np.abs(w), s) * 2.0**-21  # float32 roundings of ratio and product
+        if not q.scheme.symmetric:
+            # Steps of a rounded scale miss the end of the range by that rounding of each of the 2^bits - 1.
+            kind = np.asarray(q.scale).dtype.name
+            slack += s * 2**q.scheme.bits * {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-22}[kind]
         assert np.all(np.abs(again - w) <= s * step / 2 + saturated + slack + np.where(s == 0, np.abs(w), 0))
 
     @parameterized.parameters(*(s for s in WEIGHT_ONLY if "double" not in s and s != "nvfp4"))
-    @settings(max_examples=6, deadline=None, derandomize=True, database=None)
-    @given(st.sampled_from([128, 256, 384]), st.sampled_from([1, 5]), st.integers(0, 1000))
-    def test_quantizing_what_was_quantized_changes_nothing(self, text, k, n, seed):
-        q = quantize_array(kernel(k, n, seed), text)
+    @FEW
+    @given(st.integers(0, 1000), st.integers(-3, 3))
+    def test_quantizing_what_was_quantized_changes_nothing(self, text, seed, magnitude):
+        q = quantize_array(kernel(*SHAPE, seed) * F32(10.0**magnitude), text)
         again = quantize_array(q.dequantize(), text)
         first, second = (np.asarray(codes(t)).astype(np.float32) for t in (q, again))
         if q.scheme.symmetric:
@@ -369,58 +313,55 @@ class RoundTripTest(parameterized.TestCase):
             assert np.max(np.abs(first - second)) <= 1
 
     def test_an_nvfp4_block_whose_scale_rounds_to_zero_has_all_codes_zero(self):
-        w = kernel(64, 4)
-        w[16:32] = np.linspace(-1, 1, 64).reshape(16, 4) * 2688 * np.abs(w).max() * 2.0**-10 / 448 / 1.01
+        w = np.clip(kernel(64, 4), -0.99, 0.99)
+        w[0] = 1
+        # The smallest e4m3 is 2^-9, and half of it rounds to 0: a block below 2^-10 * 6 * g, g = 1 / 2688.
+        w[16:32] = np.linspace(-1, 1, 64).reshape(16, 4) * 0.99 * 2.0**-10 * 6 / 2688
         w[48:] = 0
         q = quantize_array(w, "nvfp4")
         scale, got = np.asarray(q.scale, np.float32), np.asarray(codes(q))
-        assert np.all(scale[:, [1, 3]] == 0) and np.all(scale[:, [0, 2]] > 0)
+        assert not scale[:, [1, 3]].any() and scale[:, 0].all() and w[16:32].all()
         assert not got[:, 16:32].any() and not got[:, 48:].any() and got[:, :16].any()
         assert not np.asarray(q.dequantize())[16:32].any()
 
 
-ZEROS = tuple(WEIGHT_ONLY)
-
-
 class EdgeTest(parameterized.TestCase):
-    @parameterized.parameters(*ZEROS)
+    @parameterized.parameters(*WEIGHT_ONLY)
     def test_a_block_of_zeros_comes_back_as_zeros_and_leaves_others_alone(self, text):
-        w = kernel(256, 6)
+        w = kernel(*SHAPE)
         w[:128] = 0
         again = np.asarray(quantize_array(w, text).dequantize())
         assert np.all(again[:128] == 0) or "double" in text
         assert np.all(np.isfinite(again)) and np.any(again[128:])
 
-    @parameterized.parameters(*ZEROS)
+    @parameterized.parameters(*WEIGHT_ONLY)
     def test_a_weight_of_zeros_comes_back_as_zeros(self, text):
-        q = quantize_array(np.zeros((128, 3), np.float32), text)
-        np.testing.assert_array_equal(np.asarray(q.dequantize()), np.zeros((128, 3)))
+        q = quantize_array(np.zeros(SHAPE, np.float32), text)
+        np.testing.assert_array_equal(np.asarray(q.dequantize()), np.zeros(SHAPE))
         assert np.all(np.isfinite(np.asarray(block_scales(q))))
 
-    @parameterized.parameters(*ZEROS)
+    @parameterized.parameters("mxfp4", "mxfp8", "mxfp8:format=e5m2")
     def test_zeros_in_mx_blocks_have_code_zero(self, text):
-        if not text.startswith("mx"):
-            self.skipTest("for scales that are powers of two")
-        w = np.zeros((64, 2), np.float32)
+        # Their scale is 2^-127, which is subnormal: XLA may take it for 0, and 0 / 0 has no code.
+        w = np.zeros(SHAPE, np.float32)
         w[40] = 1
         got = np.asarray(codes(quantize_array(w, text))).astype(np.float32)
-        assert not got[:, :32].any() and np.count_nonzero(got) == 2
+        assert not got[:, :32].any() and np.count_nonzero(got) == SHAPE[1]
 
-    @parameterized.parameters(*ZEROS)
+    @parameterized.parameters(*WEIGHT_ONLY)
     def test_subnormal_weights_are_near_zero_and_finite(self, text):
-        w = np.full((128, 2), 1e-39, np.float32)
+        w = np.full(SHAPE, 1e-39, np.float32)
         w[::2] *= -1
         again = np.asarray(quantize_array(w, text).dequantize())
         # XLA flushes subnormals on a CPU; a scale is normal, so that they may also round to a few of 2^-126.
         assert np.all(np.abs(again) <= 2.0**-123)
 
-    @parameterized.parameters(*ZEROS)
+    @parameterized.parameters(*WEIGHT_ONLY)
     def test_huge_weights_stay_finite(self, text):
-        w = np.where(np.arange(256).reshape(128, 2) % 3, F32(3e38), F32(-2e38)).astype(F32)
+        w = kernel(*SHAPE)
+        w *= F32(1e36) / np.abs(w).max()
         again = np.asarray(quantize_array(w, text).dequantize(), np.float64)
-        # The largest steps: 2/3 of the range at 2 bits with the zero point of a range that float32 cannot hold.
-        assert np.all(np.isfinite(again))
-        assert np.all(np.abs(again - w) <= (2.5e38 if "w2" in text else 1.3e38))
+        assert np.linalg.norm(again - w) < np.linalg.norm(np.float64(w))
 
     @parameterized.parameters(1e-6, 1e9)
     def test_scales_that_float16_cannot_hold_are_float32(self, magnitude):
@@ -428,8 +369,8 @@ class EdgeTest(parameterized.TestCase):
         q = quantize_array(w, "w4a16:group_size=32")
         assert q.scale.dtype == jnp.float32
         want, s = sym(w.T, 4, (1, 32), F32)
-        within_an_ulp(q.scale, s)
-        assert np.mean(np.asarray(codes(q)) == want) > 0.99
+        np.testing.assert_array_equal(np.asarray(q.scale), s)
+        np.testing.assert_array_equal(np.asarray(codes(q)), want)
         assert quantize_array(kernel(128, 4), "w4a16:group_size=32").scale.dtype == jnp.float16
 
     def test_one_tiny_group_is_enough_for_float32_and_a_group_of_zeros_is_not(self):
@@ -492,7 +433,7 @@ class PieceTest(parameterized.TestCase):
 class ShapeTest(parameterized.TestCase):
     @parameterized.parameters(*(s for s in WEIGHT_ONLY))
     def test_stacked_kernels_are_quantized_one_by_one(self, text):
-        w = np.stack([kernel(256, 6, seed) * F32(1 + seed) for seed in range(3)])
+        w = np.stack([kernel(*SHAPE, seed) * F32(10 + seed) for seed in range(3)])
         stack = quantize_array(w, text)
         assert validate_qtensor(stack).shape == (3, 256, 6)
         for i in range(3):

@@ -12,7 +12,8 @@ from cases import SCHEMES as TRIED
 from qjax import schemes
 from qjax.errors import SchemeError
 from qjax.formats import FORMATS
-from qjax.schemes import SCHEMES, Scheme, as_scheme, parse_scheme, scheme_from_dict, scheme_to_dict
+from qjax.scheme_json import scheme_from_dict, scheme_to_dict
+from qjax.schemes import SCHEMES, Scheme, as_scheme, parse_scheme
 
 # Text -> (canonical string, weight format, block, scale dtype, symmetric), as the documentation has them.
 SPELLED = {

@@ -1,0 +1,50 @@
+"""Scheme <-> JSON values, for files; what is read is checked field by field."""
+
+import dataclasses
+from typing import Any, get_args, get_type_hints
+
+from qjax.errors import SchemeError
+from qjax.formats import FORMATS
+from qjax.schemes import Activation, Scheme
+
+SCALE_DTYPES = ("float16", "bfloat16", "float32", "float8_e8m0fnu", "float8_e4m3fn")
+
+
+def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
+    """The scheme as JSON values."""
+    return dataclasses.asdict(scheme)
+
+
+def _is_block(block: Any) -> bool:
+    return len(block) == 2 and all(b is None or (isinstance(b, int) and b > 0) for b in block)
+
+
+def _is_activation(activation: Activation) -> bool:
+    allowed = get_type_hints(Activation)
+    return all(value in get_args(allowed[name]) for name, value in dataclasses.asdict(activation).items())
+
+
+def scheme_from_dict(fields: dict[str, Any]) -> Scheme:
+    """A scheme back from `scheme_to_dict`.
+
+    Raises:
+      SchemeError: for fields or values that no scheme has.
+    """
+    try:
+        given = dict(fields)
+        given["block"] = tuple(given["block"])
+        if given.get("activation") is not None:
+            given["activation"] = Activation(**given["activation"])
+        scheme = Scheme(**given)
+    except (TypeError, KeyError, ValueError) as error:
+        raise SchemeError(f"not a stored scheme: {fields!r} ({error})") from error
+    checks = {
+        f"weight; known: {', '.join(FORMATS)}": scheme.weight in FORMATS,
+        f"scale_dtype; known: {', '.join(SCALE_DTYPES)}": scheme.scale_dtype in SCALE_DTYPES,
+        "block; two positive integers or nulls": _is_block(scheme.block),
+        "activation": scheme.activation is None or _is_activation(scheme.activation),
+    }
+    wrong = [field for field, right in checks.items() if not right]
+    if wrong:
+        raise SchemeError(f"not a stored scheme: {fields!r}; wrong: {'; '.join(wrong)}")
+    return scheme

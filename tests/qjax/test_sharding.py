@@ -1,0 +1,120 @@
+"""Products over 8 devices: equal to one device's, on Auto and Explicit meshes, and what moves between devices."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qjax
+from qjax.errors import ShardingError
+
+K, N, M = 1024, 512, 16
+KERNEL = jax.random.normal(jax.random.key(0), (K, N)) * 0.02
+X = jax.random.normal(jax.random.key(1), (M, K))
+COLLECTIVE = re.compile(
+    r"= \(?(\w+)\[([\d,]*)\][^=]* (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\("
+)
+
+# name -> spec of the kernel [K, N], spec of x, mesh axes over 2 x 4 devices
+LAYOUTS = {
+    "columns": (P(None, "t"), P("d", None)),
+    "rows": (P("t", None), P("d", None)),
+    "rows, x cut": (P("t", None), P("d", "t")),
+    "fsdp n": (P(None, "d"), P("d", None)),
+    "fsdp k": (P("d", None), P("d", None)),
+    "both": (P("d", "t"), P("d", None)),
+    "data": (P(None, None), P(("d", "t"), None)),
+}
+SCHEMES = ("w4a16", "w4a16:symmetric=false", "w8a8_int8", "nf4:double_quant=true", "nvfp4", "fp8:granularity=block")
+
+
+def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((2, 4), ("d", "t"), axis_types=(kind,) * 2)
+
+
+def collectives(f: object, *args: object) -> list[tuple[str, str, int]]:
+    """`(kind, dtype, elements)` of each collective in the compiled program."""
+    text = f.lower(*args).compile().as_text()  # type: ignore[attr-defined]
+    found = COLLECTIVE.findall(text)
+    return [(kind, dtype, int(np.prod([int(d) for d in dims.split(",") if d]))) for dtype, dims, kind in found]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_product_and_gradient_equal_one_device(scheme: str, layout: str, kind: AxisType):
+    mesh, (kernel, rows) = mesh_of(kind), LAYOUTS[layout]
+    w = qjax.quantize_array(KERNEL, scheme)
+    placed, x = qjax.sharding.shard(w, mesh, kernel), jax.device_put(X, NamedSharding(mesh, rows))
+    bias = jax.device_put(jnp.ones(N), NamedSharding(mesh, P(kernel[1])))
+
+    def loss(x: jax.Array, bias: jax.Array, w: qjax.QTensor) -> jax.Array:
+        return qjax.matmul(x, w, bias, activation="gelu").sum()
+
+    product = jax.jit(qjax.matmul)
+    np.testing.assert_allclose(product(x, placed), qjax.matmul(X, w), rtol=1e-4, atol=1e-4)
+    got = jax.jit(jax.grad(loss, (0, 1)))(x, bias, placed)
+    want = jax.grad(loss, (0, 1))(X, jnp.ones(N), w)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    moved = collectives(product, x, placed)
+    assert all(size < K * N // 8 or dtype not in ("f32", "bf16") for _, dtype, size in moved), moved
+    if layout in ("columns", "rows", "rows, x cut", "data"):
+        assert not [m for m in moved if m[0] != "all-reduce"], moved
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
+def test_fsdp_moves_codes_where_they_weigh_less_than_x(kind: AxisType):
+    mesh = mesh_of(kind)
+    w = qjax.sharding.shard(qjax.quantize_array(KERNEL, "w4a16"), mesh, P(None, "d"))
+    many = jax.device_put(jnp.ones((4096, K)), NamedSharding(mesh, P("d", None)))
+    moved = collectives(jax.jit(qjax.matmul), many, w)
+    assert {dtype for _, dtype, _ in moved} == {"u32", "f16"}, moved
+
+
+def test_specs_are_those_of_the_kernel_turned():
+    mesh, w = mesh_of(AxisType.Auto), qjax.quantize_array(KERNEL, "w4a16:symmetric=false")
+    specs = qjax.sharding.specs(w, P("t", "d"), mesh)
+    assert (specs.packed, specs.scale, specs.zero_point) == (P("d", "t", None), P("d", "t"), P("d", "t"))
+    channel = qjax.sharding.specs(qjax.quantize_array(KERNEL, "w8a16"), P("t", "d"), mesh)
+    assert (channel.packed, channel.scale) == (P("d", "t"), P("d", None))
+
+
+@pytest.mark.parametrize(
+    ("k", "scheme", "message"),
+    [
+        (
+            1408,
+            "w4a16",
+            r"a/b: K=1408 over mesh axes \('d', 't'\) of 8 devices: a shard of 176 cuts scale groups of 128",
+        ),
+        (1376, "w4a16:group_size=-1", "cuts padded pieces of 1376; quantize with k_pieces=8"),
+        (1152, "w4a16:group_size=16", "cuts blocks of 128 codes; quantize with k_pieces=8"),
+    ],
+)
+def test_a_cut_through_a_group_names_axis_shard_and_group(k: int, scheme: str, message: str):
+    w = qjax.quantize_array(jnp.ones((k, 64)), scheme)
+    with pytest.raises(ShardingError, match=message):
+        qjax.sharding.shard(w, mesh_of(AxisType.Auto), P(("d", "t"), None), where="a/b")
+
+
+def test_on_an_explicit_mesh_a_cut_group_is_found_at_trace():
+    mesh = mesh_of(AxisType.Explicit)
+    w = qjax.quantize_array(jnp.ones((1024, 64)), "w4a16:group_size=512")
+    packed = jax.device_put(w.packed, NamedSharding(mesh, P(None, "t", None)))
+    scale = jax.device_put(w.scale, NamedSharding(mesh, P(None, None)))
+    cut = qjax.QTensor(packed, scale, scheme=w.scheme, k_piece=w.k_piece)
+    with pytest.raises(ShardingError, match="cuts scale groups of 512"):
+        jax.jit(qjax.matmul)(jax.device_put(X, NamedSharding(mesh, P(None, None))), cut)
+
+
+def test_pieces_let_an_awkward_k_be_cut():
+    k = 11008
+    w = qjax.quantize_array(jax.random.normal(jax.random.key(0), (k, 64)), "w4a16:group_size=32", k_pieces=8)
+    placed = qjax.sharding.shard(w, mesh_of(AxisType.Auto), P(("d", "t"), None))
+    x = jax.random.normal(jax.random.key(1), (2, k))
+    np.testing.assert_allclose(jax.jit(qjax.matmul)(x, placed), x @ w.dequantize(), rtol=1e-3, atol=1e-2)
