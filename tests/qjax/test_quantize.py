@@ -119,7 +119,7 @@ def mx(w, form, block):
 
 
 def nvfp4(w):
-    g = np.max(np.abs(w)) / F32(448 * 6)
+    g = np.max(np.abs(w)) / F32(448 * 6) or F32(1)
     sb = float8("e4m3", over_blocks(np.max, np.abs(w), (1, 16)) / F32(6) / g)
     step = spread(sb.astype(F32), w, (1, 16)) * g
     ratio = np.divide(w, step, out=np.zeros_like(w), where=step != 0)

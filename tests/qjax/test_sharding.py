@@ -73,7 +73,9 @@ def test_fsdp_moves_codes_where_they_weigh_less_than_x(kind: AxisType):
     w = qjax.sharding.shard(qjax.quantize_array(KERNEL, "w4a16"), mesh, P(None, "d"))
     many = jax.device_put(jnp.ones((4096, K)), NamedSharding(mesh, P("d", None)))
     moved = collectives(jax.jit(qjax.matmul), many, w)
-    assert {dtype for _, dtype, _ in moved} == {"u32", "f16"}, moved
+    assert {"u32", "f16"} <= {dtype for _, dtype, _ in moved}, moved
+    # Neither x nor a dequantized weight. (On an Auto mesh XLA may want the result cut elsewhere, and move that.)
+    assert not {size for _, dtype, size in moved if dtype == "f32"} & {4096 * K, K * N}, moved
 
 
 def test_specs_are_those_of_the_kernel_turned():
