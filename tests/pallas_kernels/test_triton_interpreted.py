@@ -1,0 +1,54 @@
+"""The Triton kernels' arithmetic, interpreted on a CPU: every format they read, shapes with edges, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from pallas_kernels.triton import matmul_4bit, matmul_8bit
+
+# scheme, (M, K, N), error allowed against rounding the exact result: tables are rounded to x's type first.
+CASES = [
+    ("w4a16", (3, 256, 40), 1.05),
+    ("w4a16:group_size=-1,symmetric=false", (17, 300, 70), 1.05),
+    ("w4a16:group_size=64", (1, 384, 33), 1.05),
+    ("w4a16:group_size=32,symmetric=false", (5, 256, 32), 1.05),
+    ("w4a16:group_size=16", (5, 256, 32), 1.05),
+    ("w4a16:group_size=256", (2, 256, 64), 1.05),
+    ("w4a16:group_size=tensor", (2, 256, 64), 1.05),
+    ("mxfp4", (3, 256, 48), 1.05),
+    ("nvfp4", (3, 256, 48), 1.05),
+    ("nf4", (2, 256, 48), 1.7),
+    ("fp4", (2, 256, 48), 1.7),
+    ("w8a16", (3, 256, 40), 1.05),
+    ("w8a16:symmetric=false", (17, 300, 70), 1.05),
+    ("w8a16:group_size=128", (1, 384, 33), 1.05),
+    ("fp8", (5, 256, 32), 1.05),
+    ("fp8:granularity=block", (5, 256, 200), 1.05),
+    ("mxfp8", (2, 256, 48), 1.05),
+]
+
+
+@pytest.mark.parametrize(("scheme", "shape", "allowed"), CASES, ids=lambda v: str(v))
+def test_an_interpreted_kernel_is_within_its_error_of_float64(scheme: str, shape: tuple, allowed: float):
+    m, k, n = shape
+    w = qjax.quantize_array(jax.random.normal(jax.random.key(0), (k, n)) * 0.02, scheme)
+    x = jax.random.normal(jax.random.key(1), (m, k)).astype(jnp.bfloat16)
+    kernel = matmul_4bit if w.is_packed else matmul_8bit
+    block_n, group = w.scheme.block[0] or n, w.scheme.block[1] or k
+    options = dict(weight=w.scheme.weight, group=group, zero_point=w.zero_point, sms=4, interpret=True)
+    if w.is_packed:
+        options["global_scale"] = w.global_scale
+    else:
+        options["block_n"] = block_n
+    y = np.asarray(kernel.matmul(x, w.packed, w.scale, **options), np.float64)
+    exact = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
+    rounding = np.linalg.norm(np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64) - exact)
+    assert np.linalg.norm(y - exact) <= allowed * rounding
+
+
+def test_what_a_kernel_cannot_do_is_said():
+    facts = dict(weight="int4", group=48, block_n=1, x_dtype="bfloat16", x_format=None, scale_dtype="float16")
+    assert "groups of 48" in matmul_4bit.unsupported(1, 96, 8, **facts, transposed=False)
+    assert "transpose" in matmul_4bit.unsupported(1, 96, 8, **facts, transposed=True)
