@@ -15,8 +15,12 @@ def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
     return dataclasses.asdict(scheme)
 
 
+def _is_size(size: Any) -> bool:
+    return size is None or (type(size) is int and size > 0)
+
+
 def _is_block(block: Any) -> bool:
-    return len(block) == 2 and all(b is None or (isinstance(b, int) and b > 0) for b in block)
+    return len(block) == 2 and all(map(_is_size, block))
 
 
 def _is_activation(activation: Activation) -> bool:
@@ -39,6 +43,9 @@ def scheme_from_dict(fields: dict[str, Any]) -> Scheme:
     except (TypeError, KeyError, ValueError) as error:
         raise SchemeError(f"not a stored scheme: {fields!r} ({error})") from error
     checks = {
+        "spec; a string": isinstance(scheme.spec, str),
+        "symmetric, global_scale; booleans": all(isinstance(b, bool) for b in (scheme.symmetric, scheme.global_scale)),
+        "nested; a positive integer or null": _is_size(scheme.nested),
         f"weight; known: {', '.join(FORMATS)}": scheme.weight in FORMATS,
         f"scale_dtype; known: {', '.join(SCALE_DTYPES)}": scheme.scale_dtype in SCALE_DTYPES,
         "block; two positive integers or nulls": _is_block(scheme.block),
