@@ -221,8 +221,9 @@ def validate_qtensor(w: QTensor, where: str = "QTensor") -> QTensor:
             (*stack, rows, columns),
             ("int8", "float16", "bfloat16", "float32"),
         )
-    if w.global_scale is not None and tuple(w.global_scale.shape) != (*stack, n):
-        _want(where, "global_scale", w.global_scale, stack, ("float32",))
+    if w.global_scale is not None:
+        by_row = tuple(w.global_scale.shape) == (*stack, n)
+        _want(where, "global_scale", w.global_scale, (*stack, n) if by_row else stack, ("float32",))
     if w.codebook is not None:
         _want(where, "codebook", w.codebook, (*stack, 2**form.bits), ("float32",))
     for field, shape in (
@@ -259,8 +260,12 @@ def concat_rows(parts: Sequence[QTensor]) -> QTensor:
     Raises:
       QTensorError: where the parts cannot share one tensor, with the field that differs.
     """
+    if not parts:
+        raise QTensorError("concat_rows needs at least one part")
     first = parts[0]
     for i, part in enumerate(parts):
+        if (part.global_scale is None) != (first.global_scale is None):
+            raise QTensorError(f"part {i} and part 0: one has a global_scale, the other none")
         for field in ("scheme", "k_piece", "dtype", "stack_shape", "in_features"):
             if getattr(part, field) != getattr(first, field):
                 raise QTensorError(f"part {i} differs in {field}: {getattr(part, field)} and {getattr(first, field)}")
