@@ -46,7 +46,7 @@ class ProductTest(parameterized.TestCase):
         again = qjax.matmul(x.reshape(1, 2, 3, -1), w).reshape(y.shape)
         np.testing.assert_allclose(again, y, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(qjax.matmul(x[0], w), y[0], rtol=1e-5, atol=1e-5)
-        self.assertEqual(qjax.matmul(x[:0].reshape(2, 0, -1), w).shape, (2, 0, SMALL.n))
+        self.assertEqual(qjax.matmul(x[:0].reshape(2, 0, SMALL.k), w).shape, (2, 0, SMALL.n))
 
     def test_stacked_weights_meet_their_own_rows(self):
         ws = jnp.stack([Case("w4a16", 6, 256, 48 + i).kernel()[:, :48] for i in range(3)])
