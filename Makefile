@@ -4,16 +4,23 @@ VENV ?= .venv
 CONSTRAINTS ?= requirements/jax-0.11.2.txt
 WORKERS ?= 2
 ARGS ?=
+# Whether `make test` compiles kernels for GPUs that are not here (tests/aot), where that can be installed.
+AOT ?= yes
+# The Python of `make test-gpu`: one that has JAX for the GPU at hand.
+PYTHON ?= python3
 
 bin = $(VENV)/bin
 installed = $(VENV)/.installed
+compiler = $(VENV)/cuda-compiler/.installed
 
-.PHONY: help setup demo test test-newest lint format notebooks clean
+.PHONY: help setup cuda-compiler try-cuda-compiler demo test test-newest test-aot test-gpu lint format notebooks clean
 
 help:
 	@echo 'make demo         quantize a small Llama to every format: a table, a plot, a few lines it writes'
 	@echo 'make test         run the tests (ARGS="-k nf4", WORKERS=8)'
 	@echo 'make test-newest  run the fast tests on the newest JAX, in an environment of its own'
+	@echo 'make test-aot     compile every kernel for every GPU of the table that tests/aot has; needs no GPU'
+	@echo 'make test-gpu     run every kernel on the GPU here, by the JAX of PYTHON=python3 (ARGS="--limit 300")'
 	@echo 'make lint         ruff and mypy'
 	@echo 'make format       let ruff rewrite what it can'
 	@echo 'make notebooks    execute every notebook, leaving the files as they are'
@@ -23,16 +30,31 @@ $(installed): pyproject.toml $(CONSTRAINTS) scripts/setup
 	@scripts/setup $(VENV) $(CONSTRAINTS)
 
 setup: $(installed)
+	@scripts/build-ffi $(bin)/python
+
+$(compiler): requirements/aot.txt scripts/setup-cuda-compiler | $(installed)
+	@scripts/setup-cuda-compiler $(VENV) requirements/aot.txt
+
+cuda-compiler: setup $(compiler)
+
+try-cuda-compiler: setup
+	@$(MAKE) --no-print-directory cuda-compiler || echo 'make: no CUDA compiler to be had here: tests/aot is skipped'
 
 demo: setup
 	$(bin)/python examples/demo.py
 
-test: setup
+test: setup $(if $(AOT),try-cuda-compiler)
 	$(bin)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-newest:
-	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=requirements/jax-newest.txt \
+	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=requirements/jax-newest.txt AOT= \
 	  ARGS='-m "not slow" $(ARGS)'
+
+test-aot: cuda-compiler
+	QJAX_AOT=all $(bin)/python -m pytest -n $(WORKERS) tests/aot $(ARGS)
+
+test-gpu:
+	$(PYTHON) tests/gpu/run.py $(ARGS)
 
 lint: setup
 	$(bin)/ruff check .
@@ -49,4 +71,5 @@ notebooks: setup
 
 clean:
 	rm -rf .venv .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f xla_ffi/*/*.so
 	find qjax pallas_kernels xla_ffi tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,11 +27,18 @@ WINDOWS = 40
 F32 = "scale_dtype=float32"
 EMBEDDING = "embed_tokens"
 
-# What we run (a scheme or rules), and the reference's name for it. Ours without F32 have float16 scales by default.
-ROWS: tuple[tuple[Any, str], ...] = (
+# What we run (a scheme or rules), and the reference's name for it, where it has one. Grouped integers without F32 have
+# float16 scales.
+ROWS: tuple[tuple[Any, str | None], ...] = (
     ("w8a16", "int8 channel sym"),
+    ("w8a16:symmetric=false", None),
     (f"w8a16:group_size=128,{F32}", "int8 g128 sym"),
+    ("w6a16", None),
+    ("w6a16:symmetric=false", None),
+    ("w5a16", None),
+    ("w5a16:symmetric=false", None),
     ("w4a16:group_size=-1", "int4 channel sym"),
+    ("w4a16:group_size=16", None),
     (f"w4a16:group_size=32,{F32}", "int4 g32 sym"),
     ("w4a16:group_size=32", "int4 g32 sym"),
     (f"w4a16:group_size=64,{F32}", "int4 g64 sym"),
@@ -41,10 +48,14 @@ ROWS: tuple[tuple[Any, str], ...] = (
     ("w4a16:group_size=64,symmetric=false", "int4 g64 asym"),
     (f"w4a16:symmetric=false,{F32}", "int4 g128 asym"),
     ("w4a16:symmetric=false", "int4 g128 asym"),
-    (f"w3a16:group_size=64,symmetric=false,{F32}", "int3 g64 asym"),
-    (f"w3a16:symmetric=false,{F32}", "int3 g128 asym"),
-    (f"w2a16:group_size=64,{F32}", "int2 g64 asym"),
+    (f"w3a16:group_size=64,{F32}", "int3 g64 asym"),
+    (f"w3a16:{F32}", "int3 g128 asym"),
+    ("w3a16", "int3 g128 asym"),
+    ("w3a16:symmetric=true", None),
     (f"w2a16:group_size=32,{F32}", "int2 g32 asym"),
+    (f"w2a16:{F32}", "int2 g64 asym"),
+    ("w2a16", "int2 g64 asym"),
+    ("w2a16:symmetric=true", None),
     ("fp8:granularity=tensor", "fp8 e4m3 tensor"),
     ("fp8", "fp8 e4m3 channel"),
     ("fp8:granularity=block", "fp8 e4m3 block"),
@@ -55,10 +66,12 @@ ROWS: tuple[tuple[Any, str], ...] = (
     ("fp4:double_quant=true", "fp4 bnb b64 double"),
     ("mxfp4", "mxfp4"),
     ("mxfp8", "mxfp8 e4m3"),
+    ("mxfp8:format=e5m2", None),
     ("nvfp4", "nvfp4"),
     ("w8a8_int8", "w8a8 int8 channel, x int8 token"),
     ("w8a8_fp8", "w8a8 fp8 channel, x fp8 token"),
     ("w8a8_fp8:granularity=tensor", "w8a8 fp8 tensor, x fp8 token"),
+    ("w8a8_fp8:granularity=block,activation=block", None),
     ("w4a8_int8", "w4a8 int4 g128 sym, x int8 token"),
     ({EMBEDDING: "w8a16"}, "embedding+head int8 row"),
     ({EMBEDDING: f"w4a16:group_size=64,{F32}"}, "embedding+head int4 g64 sym"),
@@ -88,6 +101,27 @@ def environment() -> dict[str, str]:
     return {**here, **versions, "qjax": qjax.__version__, "revision": git.stdout.strip()}
 
 
+def cells_of(row: dict[str, Any], base_perplexity: float) -> tuple[str, ...]:
+    """One row of the table; the reference's cells are empty where it has none."""
+    reference, off_by, reference_kl = "", "", ""
+    if "reference" in row:
+        reference = f"{row['reference_perplexity']:.4f}"
+        off_by = f"{100 * (row['perplexity'] / row['reference_perplexity'] - 1):+.3f} %"
+        reference_kl = f"{row['reference_kl']:.5f}"
+    change = f"{100 * (row['perplexity'] / base_perplexity - 1):+.3f} %"
+    return (
+        row["scheme"],
+        f"{row['bytes']:,}",
+        f"{row['perplexity']:.4f}",
+        change,
+        reference,
+        off_by,
+        f"{row['kl']:.5f}",
+        reference_kl,
+        f"{100 * row['top1']:.2f} %",
+    )
+
+
 def main() -> None:
     """Runs every row, prints as it goes, writes the results."""
     references = {row["name"]: row for row in json.loads((MODEL / "references.json").read_text())["round_to_nearest"]}
@@ -97,25 +131,13 @@ def main() -> None:
     base_perplexity = perplexity(base, ids, max_windows=WINDOWS).perplexity
     results: list[dict[str, Any]] = []
     for rules, name in ROWS:
-        wanted = references[name]
         row = measure(rules, ids, base)
-        row |= {"reference": name, "reference_perplexity": wanted["ppl"], "reference_kl": wanted["kl_nats"]}
+        if name is not None:
+            wanted = references[name]
+            row |= {"reference": name, "reference_perplexity": wanted["ppl"], "reference_kl": wanted["kl_nats"]}
         results.append(row)
         print(json.dumps(row), flush=True)
-    cells = [
-        (
-            row["scheme"],
-            f"{row['bytes']:,}",
-            f"{row['perplexity']:.4f}",
-            f"{100 * (row['perplexity'] / base_perplexity - 1):+.3f} %",
-            f"{row['reference_perplexity']:.4f}",
-            f"{100 * (row['perplexity'] / row['reference_perplexity'] - 1):+.3f} %",
-            f"{row['kl']:.5f}",
-            f"{row['reference_kl']:.5f}",
-            f"{100 * row['top1']:.2f} %",
-        )
-        for row in results
-    ]
+    cells = [cells_of(row, base_perplexity) for row in results]
     columns = ("scheme", "bytes", "perplexity", "change", "reference", "off by", "KL", "reference KL", "top-1")
     show(columns, cells, title=f"base {base_perplexity:.4f}, {devices.current()}", right=columns[1:])
     out = ROOT / "benchmarks" / "results" / file_name(f"accuracy-{devices.current().name}")

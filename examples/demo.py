@@ -86,7 +86,7 @@ def table(rows: list[Measured], device: str) -> None:
     ]
     notes = (
         f"bytes of the 28 projections; perplexity of {WINDOWS} x 512 tokens of held-out text; KL to bf16 (nats);",
-        "tok/s of one sequence. xla.dequantize is the reference kernel: it runs everywhere and decodes at each call.",
+        "tok/s of one sequence. xla.reference is the reference kernel: it runs everywhere and decodes at each call.",
     )
     show(columns, cells, title=f"pylm-4m, round to nearest, on {device}", right=columns[1:-1], notes=notes)
 

@@ -27,11 +27,18 @@ class Rows:
     def dequantize(self) -> jax.Array:
         """float32 `[..., K]`."""
         values = self.values.astype(jnp.float32)
-        if self.scale is None:
-            return values
-        if self.scale.shape[-1] == 1:
-            return values * self.scale
-        return values * jnp.repeat(self.scale, BLOCK_K, axis=-1)[..., : values.shape[-1]]
+        return values if self.scale is None else values * _spread(self.scale, values.shape[-1])
+
+
+def _spread(scale: jax.Array, k: int) -> jax.Array:
+    """A scale for each element of K: `[..., C]` -> `[..., K]`; one of a row stays, and broadcasts."""
+    count = scale.shape[-1]
+    if count == 1:
+        return scale
+    # `jnp.repeat` would gather, and it refuses an axis that is cut over an Explicit mesh.
+    wide = jnp.broadcast_to(scale[..., None], (*scale.shape, BLOCK_K))
+    wide = wide.reshape(*scale.shape[:-1], count * BLOCK_K)
+    return wide if k == wide.shape[-1] else wide[..., :k]
 
 
 def quantize_rows(x: jax.Array, activation: Activation | None, act_scale: jax.Array | None) -> Rows:
@@ -55,10 +62,7 @@ def quantize_rows(x: jax.Array, activation: Activation | None, act_scale: jax.Ar
     else:
         scale = _amax(wide, activation) / form.maximum
         scale = jnp.where(scale == 0, 1.0, scale)
-    spread = scale
-    if scale.shape[-1] != 1:
-        spread = jnp.repeat(scale, BLOCK_K, axis=-1)[..., : x.shape[-1]]
-    ratio = wide / spread
+    ratio = wide / _spread(scale, x.shape[-1])
     if form.kind == "int":
         return Rows(jnp.clip(jnp.round(ratio), -128, 127).astype(form.dtype), scale)
     return Rows(jnp.clip(ratio, -form.maximum, form.maximum).astype(form.dtype), scale)

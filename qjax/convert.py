@@ -15,7 +15,7 @@ from qjax.errors import QuantizeError
 from qjax.flax_kernel import KernelUse, quantize_kernel
 from qjax.progress import track
 from qjax.qtensor import is_qtensor
-from qjax.rules import EVERYTHING, KINDS, Kind, Rule, RuleUse, as_rules, match
+from qjax.rules import EVERYTHING, KINDS, Kind, Rule, RuleUse, as_rules, is_convolution, match
 
 
 def _told(rule: Rule, rank: int, kind: Kind) -> KernelUse | None:
@@ -31,31 +31,42 @@ def _told(rule: Rule, rank: int, kind: Kind) -> KernelUse | None:
 
 @dataclasses.dataclass
 class _Planner:
-    """Which leaf is quantized, how: by rules, and by what was learned of the model (None: no model).
-
-    Attributes:
-      skipped: leaves of a rank that nobody explained, left alone since no rule names them.
-    """
+    """Which leaf is quantized, how: by rules, and by what was learned of the model (None: no model)."""
 
     rules: RuleUse
     learned: Mapping[str, set[KernelUse]] | None
-    skipped: list[str] = dataclasses.field(default_factory=list)
 
-    def plan(self, path: str, shape: tuple[int, ...] | None) -> tuple[Rule, KernelUse] | None:
-        """The rule and the axes of one leaf, or None to leave it alone; its shape is None where it is no array."""
+    def plan(self, path: str, leaf: Any) -> tuple[Rule, KernelUse] | None:
+        """The rule and the axes of one leaf (without its box), or None to leave it alone."""
         module, _, name = path.rpartition("/")
+        if is_qtensor(leaf):
+            self.rules.pass_over(module, "is quantized already")
+            return None
+        shape = getattr(leaf, "shape", None)
         if shape is None or name not in KINDS or (self.learned is not None and path not in self.learned):
             self.rules.pass_over(module)
             return None
         kind = KINDS[name]
         rule = match(self.rules.rules, module, kind)
+        if rule is not None and rule.scheme is not None and self._is_convolution(module, shape, rule):
+            if rule.pattern != EVERYTHING:
+                raise QuantizeError(
+                    f"{path}: shape {shape} is a convolution's, by its name, and those are not quantized; leave it out "
+                    f"of the rule {rule.pattern!r}, or give model= and inputs= if it is a dense layer"
+                )
+            self.rules.pass_over(module, "is a convolution, by its name")
+            return None
         use = None if rule is None or rule.scheme is None else self._use(path, shape, rule, kind)
         if rule is not None and rule.scheme is not None and use is None:
             self.rules.pass_over(module)
-            self.skipped.append(path)
+            self.rules.unexplained.append(f"{path} {tuple(shape)}")
             return None
         self.rules.match(module, kind)
         return None if rule is None or use is None else (rule, use)
+
+    def _is_convolution(self, module: str, shape: tuple[int, ...], rule: Rule) -> bool:
+        """By its name, where no model tells; a matrix is none, nor are stacked ones."""
+        return self.learned is None and len(shape) - len(rule.stacked or ()) > 2 and is_convolution(module)
 
     def _use(self, path: str, shape: tuple[int, ...], rule: Rule, kind: Kind) -> KernelUse | None:
         known = self.learned[path] if self.learned is not None else set()
@@ -79,6 +90,10 @@ def _inner(params: Any) -> Any:
             f"params is a {type(params).__name__}; a tree of params (a mapping) is wanted; for an nnx module there is "
             "qjax.nnx.quantize"
         )
+    if type(params).__module__.startswith("flax.nnx"):
+        raise QuantizeError(
+            f"params is an nnx {type(params).__name__}; quantize the module that it belongs to by qjax.nnx.quantize"
+        )
     return params["params"] if isinstance(params.get("params"), Mapping) else params
 
 
@@ -101,8 +116,9 @@ def quantize(
 
     A bare scheme is for every dense kernel but those of heads (`qjax.rules.HEADS`); embeddings are quantized where a
     rule names them; norms and convolutions never. With a model, each kernel's contracted, output and stacked axes are
-    learned by tracing it on shapes. Without one, only matrices are quantized (x meets their first axis), and a kernel
-    of higher rank needs `axis=` and `stacked=` in its rule.
+    learned by tracing it on shapes. Without one, only matrices are quantized (x meets their first axis), a kernel of
+    higher rank needs `axis=` and `stacked=` in its rule, and convolutions are told by their names (`Conv_0`,
+    `stem_conv`): one that is named otherwise is the rule's to leave out, and raises when Flax runs it.
 
     Args:
       params: the inner tree or `{"params": ..., ...}`; arrays of NumPy or JAX. What is a QTensor already stays.
@@ -120,7 +136,8 @@ def quantize(
 
     Raises:
       RuleError: a malformed rule, or one that matches nothing.
-      QuantizeError: a kernel that cannot be quantized as asked, naming its path; a rank that nobody explained.
+      QuantizeError: a kernel that cannot be quantized as asked, naming its path: a rank that nobody explained, a
+        convolution that a rule names.
       NotImplementedError: layers stacked over an axis that is not the first.
     """
     # Here and not above: flax costs more to import than the rest of qjax.
@@ -140,14 +157,15 @@ def quantize(
     work = []
     for i, (key, leaf) in enumerate(found):
         path = jax.tree_util.keystr(key, simple=True, separator="/")
-        plan = planner.plan(path, None if is_qtensor(leaf) else getattr(unboxed(leaf), "shape", None))
+        plan = planner.plan(path, leaf if is_qtensor(leaf) else unboxed(leaf))
         if plan is not None:
             work.append((i, path, *plan))
-    if planner.skipped:
-        logging.warning(
-            "left alone, since neither a model nor a rule tells what their axes mean: %s", ", ".join(planner.skipped)
-        )
     planner.rules.check()
+    if planner.rules.unexplained:
+        logging.warning(
+            "left alone, since neither a model nor a rule tells what their axes mean: %s",
+            ", ".join(planner.rules.unexplained),
+        )
     for i, path, rule, use in track(work, "quantizing", show=progress):
         assert rule.scheme is not None, rule
         w = quantize_kernel(

@@ -1,9 +1,12 @@
 """QTensor -> array, by the law in `qjax.qtensor`: the oracle of every kernel, and the last resort."""
 
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from qjax.layouts import unpack
 from qjax.qtensor import QTensor
@@ -20,9 +23,17 @@ def expand_blocks(scale: jax.Array, n: int, k: int, block: tuple[int | None, int
     """A value a block -> a value a weight: `[..., R, C]` -> `[..., N, K]`; axes of size 1 stay, and broadcast."""
     for axis, size, length in ((-2, block[0], n), (-1, block[1], k)):
         if scale.shape[axis] != 1 and size not in (None, 1):
-            scale = jnp.repeat(scale, size, axis=axis, total_repeat_length=scale.shape[axis] * size)
-            scale = jax.lax.slice_in_dim(scale, 0, length, axis=scale.ndim + axis)
+            scale = repeat(scale, size, scale.ndim + axis)
+            if scale.shape[axis] != length:  # the last block is a short one
+                scale = jax.lax.slice_in_dim(scale, 0, length, axis=scale.ndim + axis)
     return scale
+
+
+def repeat(a: jax.Array, count: int, axis: int) -> jax.Array:
+    """`jnp.repeat(a, count, axis)` by a broadcast: no gather, and right for an axis that is cut over a mesh."""
+    lead, tail = a.shape[: axis + 1], a.shape[axis + 1 :]
+    wide = jnp.broadcast_to(jnp.expand_dims(a, axis + 1), (*lead, count, *tail))
+    return wide.reshape(*lead[:-1], lead[-1] * count, *tail)
 
 
 def codes(w: QTensor) -> jax.Array:
@@ -83,7 +94,34 @@ def dequantize(w: QTensor, dtype: Any = None) -> jax.Array:
     Args:
       w: any QTensor; `input_perm` and `input_scale`, which products apply to x, are undone here.
       dtype: of the result; default `w.dtype`. The arithmetic is float32.
+
+    Returns:
+      The kernel, cut over a mesh as its codes are; on Explicit axes replicated where an axis of several that make up K
+      or N does not divide.
     """
+    mesh = jax.typeof(w.packed).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return _dequantize(w, dtype)
+    # Look-ups in a codebook have no sharding rule of their own: XLA finds it, with axes that are Auto inside.
+    with jax.sharding.use_abstract_mesh(mesh):
+        inside = functools.partial(_dequantize, dtype=dtype)
+        return jax.sharding.auto_axes(inside, out_sharding=_kernel_spec(w))(w)
+
+
+def _kernel_spec(w: QTensor) -> PartitionSpec:
+    """The spec of the Flax kernel from that of the codes, which its type names."""
+    packed = jax.typeof(w.packed).sharding
+    *stack, n, k = packed.spec[:-1] if w.is_packed else packed.spec
+    inputs, outputs = w.in_shape or (w.in_features,), w.out_shape or (w.out_features,)
+    tail: list[Any] = [None] * (len(inputs) + len(outputs))
+    for at, length, entry in ((0, inputs[0], k), (len(inputs), outputs[0], n)):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        if length % math.prod(packed.mesh.shape[name] for name in names) == 0:
+            tail[at] = entry
+    return PartitionSpec(*stack, *(tail[a] for a in w.axes or range(len(tail))))
+
+
+def _dequantize(w: QTensor, dtype: Any) -> jax.Array:
     kernel = rows_of_k(w)
     if w.input_perm is not None:
         kernel = jnp.take_along_axis(kernel, jnp.argsort(w.input_perm, axis=-1)[..., None, :], axis=-1)

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from qjax import devices
@@ -21,7 +20,7 @@ from qjax.formats import FORMATS
 from qjax.kernel_call import problem_of
 from qjax.qtensor import QTensor, is_qtensor
 
-DENSE = ("jax", "not quantized: an ordinary product")
+DENSE = ("jax", "not quantized")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ def explain(
     """
     row = devices.find_device(device) if isinstance(device, str) else device or devices.current()
     rows: list[Row] = []
-    notes: dict[str, None] = {}
+    notes: dict[str, None] = dict.fromkeys(getattr(obj, "notes", ()))
     for layer in layers(obj):
         if not is_qtensor(layer.kernel):
             rows.append(_dense_row(layer, m))
@@ -80,7 +79,10 @@ def explain(
         rows += found.rows
         notes |= dict.fromkeys(found.notes)
     if not rows:
-        raise QTensorError(f"{type(obj).__name__} holds no QTensor and no kernel: there is no product to explain")
+        raise QTensorError(
+            f"{type(obj).__name__} holds no QTensor and no kernel: there is no product to explain (of a linen model, "
+            "give the params)"
+        )
     return Explanation(tuple(rows), row, tuple(notes))
 
 
@@ -94,9 +96,10 @@ def _problem(layer: Layer, m: int, x_dtype: DTypeLike | None) -> Problem:
 
 
 def _dense_row(layer: Layer, m: int) -> Row:
-    *stack, k, n = layer.kernel.shape
-    batch = f"{int(np.prod(stack))} * " if stack else ""
-    return Row(layer.path, f"{batch}{m} x {k} x {n}", jnp.dtype(layer.kernel.dtype).name, *DENSE, ())
+    # Of more than two axes nobody says which are contracted, and a convolution is no product.
+    shape = tuple(layer.kernel.shape)
+    product = f"{m} x {shape[0]} x {shape[1]}" if len(shape) == 2 else str(shape)
+    return Row(layer.path, product, jnp.dtype(layer.kernel.dtype).name, *DENSE, ())
 
 
 def layers(obj: Any) -> Iterator[Layer]:

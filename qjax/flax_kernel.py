@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qjax.errors import QuantizeError
 from qjax.partition import entries
 from qjax.qtensor import QTensor
-from qjax.quantize import quantize_array
+from qjax.quantize import quantize_array, refuse_shape
 from qjax.schemes import Scheme
 from qjax.sharding import shardings
 
@@ -121,6 +121,7 @@ def quantize_kernel(
       ShardingError: a shard that cuts a scale group.
       NotImplementedError: stacked axes that do not lead.
     """
+    refuse_shape(where, kernel)
     shape = tuple(kernel.shape)
     stacked, contracted, outputs = _arrange(where, shape, use)
     stack, in_shape, out_shape = (tuple(shape[a] for a in axes) for axes in (stacked, contracted, outputs))

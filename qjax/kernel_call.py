@@ -1,17 +1,39 @@
 """From a QTensor on one device to a kernel that knows arrays only: builds the `Problem`, asks dispatch, calls."""
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax import devices, reference
 from qjax.activations import Rows
-from qjax.dispatch.choose import choose, load
+from qjax.dequantize import block_scales
+from qjax.devices import Device
+from qjax.dispatch.choose import choose, facts, load, seen_by
 from qjax.dispatch.problem import Problem
-from qjax.epilogue import apply_epilogue
+from qjax.dispatch.routes import Route
+from qjax.epilogue import ACTIVATIONS, apply_epilogue
 from qjax.qtensor import QTensor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Arrays:
+    """What a kernel reads, each with the stack's axes in front."""
+
+    x: jax.Array
+    packed: jax.Array
+    scale: jax.Array
+    x_scale: jax.Array | None
+    zero_point: jax.Array | None
+    global_scale: jax.Array | None
+    codebook: jax.Array | None
+    bias: jax.Array | None
+    residual: jax.Array | None
 
 
 def features_of(w: QTensor) -> frozenset[str]:
@@ -22,7 +44,15 @@ def features_of(w: QTensor) -> frozenset[str]:
         found.add("zero_point" if w.zero_point.dtype == np.int8 else "zero_point_real")
     if isinstance(w.scale, QTensor):
         found.add("nested_scale")
+    if _padded_pieces(w) > 1:
+        found.add("padded_pieces")
     return frozenset(found)
+
+
+def _padded_pieces(w: QTensor) -> int:
+    """How many pieces K is stored in that are padded; 1 where none is, or only all of K."""
+    logical, padded = w.k_piece
+    return w.in_features // logical if logical != padded else 1
 
 
 def problem_of(
@@ -91,18 +121,42 @@ def call_kernel(
         transposed=transposed,
     )
     choice = choose(problem, devices.current(), backend)
-    if choice.route.backend == "xla":
-        y = reference.matmul(x, w, transposed)
+    return run_route(choice.route, dict(choice.config), x, w, problem, bias=bias, residual=residual)
+
+
+def run_route(
+    route: Route,
+    config: Mapping[str, Any],
+    x: Rows,
+    w: QTensor,
+    problem: Problem,
+    *,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """One product by one kernel in one configuration, whether or not dispatch would take it.
+
+    Args:
+      route: the kernel; it can run `problem` (`qjax.dispatch.choose.refusal`).
+      config: one of its `configs`; empty for its own choice.
+      problem: of `problem_of`, for these operands.
+      (others: as `call_kernel`)
+    """
+    if route.is_reference:
+        y = reference.matmul(x, w, problem.transposed)
         wide = None if bias is None else bias[..., None, :]
-        return apply_epilogue(y, wide, activation, residual, out_dtype)
-    kernel = functools.partial(
-        load(choice.route).matmul,
-        activation=activation,
-        out_dtype=out_dtype,
-        transposed=transposed,
-        config=dict(choice.config),
-    )
-    arrays = dict(
+        return apply_epilogue(y, wide, problem.activation, residual, problem.out_dtype)
+    seen = seen_by(route, problem)
+    if seen is not problem:
+        assert x.scale is not None, problem
+        codes = Rows(x.values.astype(seen.x_dtype))
+        y = run_route(route, config, codes, w, seen) * x.scale
+        wide = None if bias is None else bias[..., None, :]
+        return apply_epilogue(y, wide, problem.activation, residual, problem.out_dtype)
+    arrays = _Arrays(
+        x=x.values,
+        packed=w.packed,
+        scale=block_scales(w) if isinstance(w.scale, QTensor) else w.scale,
         x_scale=x.scale,
         zero_point=w.zero_point,
         global_scale=w.global_scale,
@@ -110,18 +164,67 @@ def call_kernel(
         bias=bias,
         residual=residual,
     )
-    return _over_stack(kernel, x.values, w, arrays)
+    kernel = functools.partial(
+        load(route).matmul,
+        **statics(problem, devices.current()),
+        activation=None if problem.activation is None else ACTIVATIONS[problem.activation],
+        out_dtype=problem.out_dtype,
+        config=dict(config),
+    )
+    y = _over_stack(kernel, w.stack_shape, in_padded_pieces(arrays, w, problem.transposed))
+    return without_padding(y, w) if problem.transposed else y
 
 
-def _over_stack(kernel: Any, x: jax.Array, w: QTensor, arrays: dict[str, Any]) -> jax.Array:
+_STATICS = ("weight", "bits", "group", "block_n", "x_granularity", "transposed", "sms", "cc", "smem")
+
+
+def statics(problem: Problem, device: Device) -> dict[str, Any]:
+    """What a kernel's `matmul` is told by keyword besides arrays: some of the facts its `unsupported` judged by."""
+    known = facts(problem, device)
+    return {name: known[name] for name in _STATICS}
+
+
+def in_padded_pieces(arrays: _Arrays, w: QTensor, transposed: bool) -> _Arrays:
+    """Operands whose x and scales have the padding that codes have where K is stored as several padded pieces.
+
+    A kernel then sees one K, longer by the padding, whose x is zero there.
+    """
+    (logical, piece), pieces = w.k_piece, _padded_pieces(w)
+    if pieces == 1:
+        return arrays
+    assert arrays.x_scale is None or arrays.x_scale.shape[-1] == 1, "blocks of x would straddle pieces"
+
+    def pad(a: jax.Array, unit: int) -> jax.Array:
+        """Pads each piece of `a`'s last axis, of which one element stands for `unit` of K."""
+        a = a.reshape(*a.shape[:-1], pieces, logical // unit)
+        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, (piece - logical) // unit)])
+        return a.reshape(*a.shape[:-2], pieces * (piece // unit))
+
+    group = w.scheme.block[1]
+    found = {} if transposed else {"x": pad(arrays.x, 1)}
+    if group is not None:
+        found |= {
+            name: pad(value, group) for name in ("scale", "zero_point") if (value := getattr(arrays, name)) is not None
+        }
+    return dataclasses.replace(arrays, **found)
+
+
+def without_padding(y: jax.Array, w: QTensor) -> jax.Array:
+    """The columns of a transposed product that are columns of the weight: `[..., M, padded K]` -> `[..., M, K]`."""
+    logical, piece = w.k_piece
+    if y.shape[-1] == w.in_features:
+        return y
+    y = y.reshape(*y.shape[:-1], y.shape[-1] // piece, piece)[..., :logical]
+    return y.reshape(*y.shape[:-2], w.in_features)
+
+
+def _over_stack(kernel: Any, stack: tuple[int, ...], arrays: _Arrays) -> jax.Array:
     """Calls a kernel of 2-D operands once for each weight of the stack, by vmap: one launch for batchable kernels."""
 
-    def one(x: jax.Array, packed: jax.Array, scale: jax.Array, arrays: dict[str, Any]) -> jax.Array:
-        return kernel(x, packed, scale, **arrays)
+    def one(arrays: _Arrays) -> jax.Array:
+        given = {field.name: getattr(arrays, field.name) for field in dataclasses.fields(arrays)}
+        return kernel(given.pop("x"), given.pop("packed"), given.pop("scale"), **given)
 
-    for axis in reversed(range(len(w.stack_shape))):
-        del axis
+    for _ in stack:
         one = jax.vmap(one)
-    stack = w.stack_shape
-    whole = jax.tree.map(lambda a: jax.numpy.broadcast_to(a, (*stack, *a.shape[len(stack) :])), (x, arrays))
-    return one(whole[0], w.packed, w.scale, whole[1])  # type: ignore[arg-type]
+    return one(jax.tree.map(lambda a: jnp.broadcast_to(a, (*stack, *a.shape[len(stack) :])), arrays))

@@ -15,10 +15,10 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
-from qjax.activations import quantize_rows
+from qjax.activations import Rows, quantize_rows
 from qjax.epilogue import ACTIVATIONS, apply_epilogue
 from qjax.errors import QTensorError
-from qjax.product import Call, Operands, mesh_of, product
+from qjax.product import Call, Operands, check_placed, mesh_of, product
 from qjax.qtensor import QTensor
 from qjax.schemes import Activation
 
@@ -151,6 +151,11 @@ def _rows_axes(a: jax.Array, rank: int) -> jax.Array:
 def _check(x: Any, w: Any, bias: Any, activation: str | None, residual: Any) -> None:
     if not isinstance(w, QTensor):
         raise QTensorError(f"matmul multiplies by a QTensor; got {type(w).__name__}; quantize it, or use jnp.matmul")
+    codes, stored = w.packed.dtype, np.dtype("uint32") if w.is_packed else w.scheme.format.dtype
+    if codes != stored:
+        raise QTensorError(
+            f"the codes of a {w.scheme} weight are {codes}; they have to stay {stored}: cast floats only"
+        )
     stack = w.stack_shape
     if np.dtype(x.dtype).name not in X_DTYPES:
         raise QTensorError(f"x has dtype {x.dtype}; allowed: {', '.join(X_DTYPES)}")
@@ -187,7 +192,7 @@ def matmul(
     """`residual + activation(x @ w + bias)`, accumulated in float32 and rounded once.
 
     Works under jit, vmap (of x, of stacked weights, of both), grad with respect to x, bias and residual, checkpoint,
-    scan, and on Auto, Explicit and Manual meshes.
+    scan, and on Auto, Explicit and Manual meshes. Gradients are of reverse mode; second ones are `jacrev(grad(...))`.
 
     Args:
       x: float32, bfloat16 or float16 `[*stack, ..., K]`; any leading axes, also of length 0.
@@ -203,9 +208,13 @@ def matmul(
 
     Raises:
       QTensorError: shapes or dtypes that do not meet, naming both.
+      ShardingError: a cut through a packed block or a scale group. (Under jit, on a mesh of Auto axes, XLA cuts the
+        product, and a JaxRuntimeError carries its text.)
       BackendError: an unknown backend, or one that cannot do this product, with its reason.
       TypeError: when a gradient with respect to w is taken.
     """
+    if isinstance(x, QTensor):
+        raise QTensorError(f"x is a {x!r}; the weight comes second: matmul(x, w)")
     x = jnp.asarray(x)
     _check(x, w, bias, activation, residual)
     leaves = [x, *jax.tree.leaves(w)]
@@ -222,6 +231,8 @@ def matmul(
         out_dtype=np.dtype(x.dtype if out_dtype is None else out_dtype),
         backend=backend,
     )
+    if kind != AxisType.Manual:
+        check_placed(call, Operands(Rows(x), dataclasses.replace(w, input_scale=None, input_perm=None, act_scale=None)))
     return _qjax_matmul(_Static(call, w.scheme.activation, np.dtype(x.dtype), shardings), x, w, bias, residual)
 
 

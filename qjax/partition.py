@@ -169,7 +169,8 @@ def plan_product(
         loser = rows if moves_x else cut
         loser.update({n: tuple(a for a in names if a not in clash) for n, names in loser.items()})
     cut |= rows
-    check_cut(w, {n: math.prod(mesh[a] for a in cut.get(n, ())) for n in ("n", "k")}, cut)
+    parts = {n: math.prod(mesh[a] for a in cut.get(n, ())) for n in ("n", "k")}
+    check_cut(w, parts, cut, f"a weight of shape {w.shape}")
     shapes = [tuple(a.shape) for a in leaves]
     operands = tuple(spec_of(n, s, cut) for n, s in zip(axes.operands, shapes, strict=True))
     result = PartitionSpec(*(cut.get(n or "", ()) or None for n in axes.result))

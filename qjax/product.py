@@ -172,6 +172,24 @@ def mesh_of(leaves: list[jax.Array]) -> tuple[Any, AxisType | None]:
     return mesh, next(iter(kinds), None)
 
 
+def check_placed(call: Call, o: Operands) -> None:
+    """Plans a product of arrays that are at hand and lie on a mesh, to see whether it can be cut so.
+
+    On Auto axes XLA's partitioner cuts the product, and an error from there would be wrapped in one of XLA's. Under a
+    trace, where nobody knows yet where such arrays will lie, this does nothing.
+
+    Raises:
+      ShardingError: as `plan_product`.
+    """
+    leaves = jax.tree.leaves(o)
+    if any(isinstance(a, jax.core.Tracer) or not isinstance(a, jax.Array) for a in leaves):
+        return
+    home = o.w.packed.sharding
+    if isinstance(home, NamedSharding):
+        specs = [getattr(a.sharding, "spec", None) for a in leaves]
+        plan_product(_axes(call, o), leaves, specs, o.w, dict(home.mesh.shape))
+
+
 def _dispatch(call: Call, o: Operands) -> jax.Array:
     """One product, cut as the mesh asks."""
     leaves, tree = jax.tree.flatten(o)

@@ -226,22 +226,16 @@ def validate_qtensor(w: QTensor, where: str = "QTensor") -> QTensor:
         _want(where, "global_scale", w.global_scale, (*stack, n) if by_row else stack, ("float32",))
     if w.codebook is not None:
         _want(where, "codebook", w.codebook, (*stack, 2**form.bits), ("float32",))
-    for field, shape in (
-        ("offset", stack),
-        ("act_scale", stack),
-        ("input_perm", (*stack, k)),
-        ("input_scale", (*stack, k)),
-    ):
-        if getattr(w, field) is not None:
-            _want(
-                where,
-                field,
-                getattr(w, field),
-                shape,
-                ("int32",) if field == "input_perm" else None,
-            )
+    along_k = (*stack, k)
+    for field, shape in dict(offset=stack, act_scale=stack, input_perm=along_k, input_scale=along_k).items():
+        array = getattr(w, field)
+        if array is not None:
+            _want(where, field, array, shape, ("int32",) if field == "input_perm" else None)
     if math.prod(w.in_shape or (k,)) != k or math.prod(w.out_shape or (n,)) != n:
         raise QTensorError(f"{where}: in_shape={w.in_shape}, out_shape={w.out_shape} do not multiply to K={k}, N={n}")
+    axes = len(w.in_shape or (k,)) + len(w.out_shape or (n,))
+    if w.axes is not None and sorted(w.axes) != list(range(axes)):
+        raise QTensorError(f"{where}: axes={w.axes} is no order of the {axes} axes of a kernel")
     return w
 
 

@@ -142,6 +142,12 @@ def _survey(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     return bad, w.size - bad
 
 
+def refuse_shape(where: str, w: Any) -> None:
+    """Raises QuantizeError where there is a ShapeDtypeStruct for an array."""
+    if isinstance(w, jax.ShapeDtypeStruct):
+        raise QuantizeError(f"{where}: {w} is a shape and no array; quantize inside of jax.eval_shape")
+
+
 def _check_shape(where: str, w: Any, scheme: Scheme, partial_groups: bool, pieces: int) -> None:
     if not jnp.issubdtype(w.dtype, jnp.floating) or np.dtype(w.dtype).itemsize < 2:
         raise QuantizeError(
@@ -190,6 +196,7 @@ def quantize_array(
       QuantizeError: wrong rank or dtype, a group that does not divide K, NaN or inf.
     """
     scheme = as_scheme(scheme)
+    refuse_shape(where, w)
     w = jnp.asarray(w)
     _check_shape(where, w, scheme, partial_groups, k_pieces)
     scale_dtype: np.dtype = np.dtype(getattr(jnp, scheme.scale_dtype))

@@ -35,6 +35,9 @@ HEADS = (
     "embed_out",
 )
 
+# Flax's own names for convolutions (`Conv_0`, `ConvTranspose_0`) and what users call theirs (`conv1`, `stem_conv`).
+_CONVOLUTION = re.compile(r"(.*_)?conv(transpose|local)?([^a-z].*)?", re.IGNORECASE)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -72,6 +75,11 @@ class Rule:
 def is_head(path: str) -> bool:
     """Whether the module at `path` has the name of an output head."""
     return path.rpartition("/")[2].lower() in HEADS
+
+
+def is_convolution(path: str) -> bool:
+    """Whether the module at `path` has the name of a convolution."""
+    return _CONVOLUTION.fullmatch(path.rpartition("/")[2]) is not None
 
 
 def _as_rule(item: Any) -> Rule:
@@ -144,11 +152,15 @@ class RuleUse:
       rules: in order.
       paths: every layer that was asked about.
       used: the rules that won somewhere.
+      passed: layers that are not to be quantized -> why, in a few words; "" is that they are of another kind.
+      unexplained: kernels that were left alone, since nobody told what their axes mean.
     """
 
     rules: tuple[Rule, ...]
     paths: list[str] = dataclasses.field(default_factory=list)
     used: set[Rule] = dataclasses.field(default_factory=set)
+    passed: dict[str, str] = dataclasses.field(default_factory=dict)
+    unexplained: list[str] = dataclasses.field(default_factory=list)
 
     def match(self, path: str, kind: Kind = "dense") -> Rule | None:
         """The rule of a layer that could be quantized, noted as used; None where no rule speaks of it."""
@@ -158,8 +170,9 @@ class RuleUse:
             self.used.add(rule)
         return rule
 
-    def pass_over(self, path: str) -> None:
-        """Notes a layer that is never quantized (a norm, a convolution): only `none` can be said of it."""
+    def pass_over(self, path: str, why: str = "") -> None:
+        """Notes a layer that is not to be quantized (a norm, a convolution): only `none` can be said of it."""
+        self.passed[path] = why or self.passed.get(path, "")
         rule = match(self.rules, path)
         if rule is not None and rule.scheme is None:
             self.used.add(rule)
@@ -168,7 +181,8 @@ class RuleUse:
         """Raises if a rule won nowhere.
 
         Raises:
-          RuleError: naming the pattern, and either the rule before it that took all of its layers or some of the paths.
+          RuleError: naming the pattern, and what it might have meant: layers that an earlier rule took, or that are not
+            to be quantized, with the reason, or some of those that can be.
         """
         for rule in self.rules:
             if rule not in self.used:
@@ -176,11 +190,27 @@ class RuleUse:
 
     def _why(self, rule: Rule) -> str:
         taken = [path for path in self.paths if re.fullmatch(rule.pattern, path)]
-        winner = next((w for w in (match(self.rules, path) for path in taken) if w is not None), None)
+        before = self.rules[: self.rules.index(rule)]
+        winner = next((w for w in (match(before, path) for path in taken) if w is not None), None)
         if winner is not None:
             return f" that is left: rule {winner.pattern!r} before it takes {', '.join(taken[:3])}"
+        is_everything = rule.pattern == EVERYTHING
+        passed = [
+            f"{path!r} {why or 'is no layer that can be quantized'}"
+            for path, why in self.passed.items()
+            if re.fullmatch(rule.pattern, path) and (why or not is_everything)
+        ]
+        reasons = [", ".join(passed[:3])] if passed else []
+        if is_everything and self.unexplained:
+            reasons.append(
+                f"the shape of {', '.join(self.unexplained[:3])} does not tell contracted from stacked axes: give "
+                "model= and inputs=, or axis= and stacked= in a qjax.Rule that names it"
+            )
         if taken:
-            return f": {', '.join(taken[:3])} are heads or embeddings, which a rule has to name"
-        some = ", ".join(repr(path) for path in self.paths[:5]) or "none"
-        more = f" and {len(self.paths) - 5} more" if len(self.paths) > 5 else ""
-        return f"; layers that can be quantized: {some}{more}"
+            reasons.append(f"{', '.join(taken[:3])} are heads or embeddings, which a rule has to name")
+        if not is_everything or not reasons:
+            some = ", ".join(repr(path) for path in self.paths[:5]) or "none"
+            more = f" and {len(self.paths) - 5} more" if len(self.paths) > 5 else ""
+            law = "" if is_everything else "it has to match all of a path, and "
+            reasons.append(f"{law}layers that can be quantized are {some}{more}")
+        return f": {'; '.join(reasons)}"

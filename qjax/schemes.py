@@ -167,8 +167,11 @@ def W4A16(group_size: GroupSize = 128, symmetric: bool = True, scale_dtype: str 
     return _int_scheme("w4a16", 4, group_size, symmetric, scale_dtype, None)
 
 
-def W3A16(group_size: GroupSize = 128, symmetric: bool = True, scale_dtype: str | None = None) -> Scheme:
-    """Integer weights of 3 bits, x left alone; formulas and arguments of `W4A16` with 3 for 7 and 7 for 15."""
+def W3A16(group_size: GroupSize = 128, symmetric: bool = False, scale_dtype: str | None = None) -> Scheme:
+    """Integer weights of 3 bits, x left alone; formulas and arguments of `W4A16` with 3 for 7 and 7 for 15.
+
+    Asymmetric by default, which halves the KL divergence that rounding to nearest costs (docs/schemes.md).
+    """
     return _int_scheme("w3a16", 3, group_size, symmetric, scale_dtype, None)
 
 
@@ -380,4 +383,5 @@ def as_scheme(scheme: Scheme | str) -> Scheme:
         return scheme
     if isinstance(scheme, str):
         return parse_scheme(scheme)
-    raise SchemeError(f"a scheme is a qjax.Scheme or its string; got {type(scheme).__name__}")
+    hint = "; call it" if callable(scheme) else ""
+    raise SchemeError(f"a scheme is a qjax.Scheme or its string; got {scheme!r}{hint}")

@@ -66,7 +66,9 @@ MAY_IMPORT = {
     "qjax.product": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.kernel_call"),
     "qjax.partition": Row(TENSOR),
     "qjax.sharding": Row(f"{TENSOR} qjax.partition qjax.contract"),
-    "qjax.kernel_call": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.reference qjax.dispatch qjax.devices"),
+    "qjax.kernel_call": Row(
+        f"{TENSOR} qjax.activations qjax.dequantize qjax.epilogue qjax.reference qjax.dispatch qjax.devices"
+    ),
     "qjax.reference": Row(f"{TENSOR} qjax.activations qjax.dequantize"),
     "qjax.activations": Row("qjax.formats qjax.schemes"),
     "qjax.epilogue": Row(),
@@ -90,11 +92,16 @@ MAY_IMPORT = {
     "qjax.checkpoints.save": Row(f"{TENSOR} qjax.checkpoints qjax.models", "flax"),
     "qjax.linen.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup", "flax"),
     "qjax.nnx.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress", "flax"),
-    "qjax.checkpoints.*": Row(f"{TENSOR} qjax.scheme_json", "safetensors orbax"),
-    "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints", "flax tokenizers"),
-    "qjax.cli.*": Row(f"{PUBLIC} qjax.explain qjax.rules qjax.devices", "rich matplotlib tokenizers"),
+    "qjax.checkpoints.*": Row(f"{TENSOR} qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"),
+    "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress", "flax tokenizers"),
+    "qjax.bench.*": Row(
+        f"qjax {PRODUCT} qjax.dispatch qjax.activations qjax.kernel_call qjax.lookup qjax.devices qjax.progress",
+        "matplotlib",
+    ),
+    "qjax.cli.*": Row(f"{PUBLIC} qjax.bench qjax.explain qjax.rules qjax.devices", "rich matplotlib tokenizers"),
     # Kernels know nobody.
     "pallas_kernels": Row(),
+    "pallas_kernels.xla.*": Row(),
     "pallas_kernels.triton.*": Row(),
     "pallas_kernels.mosaic.*": Row(),
     "xla_ffi": Row(),

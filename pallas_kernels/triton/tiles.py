@@ -40,3 +40,28 @@ def tile_for(m: int, n: int, blocks: int, sms: int) -> Tile:
     while split_k * programs < 7 * _PROGRAMS_A_MULTIPROCESSOR * sms // 8 and blocks // (2 * split_k) >= _SHORTEST_SHARE:
         split_k *= 2
     return Tile(tile_m, tile_n, split_k, warps, stages)
+
+
+# For packed weights: (most rows of x, tile_m, tile_n, warps, stages).  measured: H200, int4 g128
+_PACKED_SHAPES = (
+    (8, 8, 64, 4, 3),
+    (16, 16, 64, 4, 3),
+    (32, 32, 64, 4, 3),
+    (64, 64, 64, 4, 3),
+    (None, 128, 128, 8, 3),
+)
+
+
+def packed_smem(tile: Tile, bits: int) -> int:
+    """Shared memory of a program, in bytes: the blocks of 128 columns in flight, of words and of 16-bit x."""
+    return tile.stages * (tile.tile_n * 16 * bits + tile.tile_m * 256)
+
+
+def packed_tile(m: int, n: int, blocks: int, bits: int, sms: int, smem: int) -> Tile:
+    """The tile for packed weights, as `tile_for`, with as many stages as fit."""
+    _, tile_m, tile_n, warps, stages = next(row for row in _PACKED_SHAPES if row[0] is None or m <= row[0])
+    programs, split_k = -(-n // tile_n) * -(-m // tile_m), 1
+    while split_k < 8 and split_k * programs < 3 * sms and blocks // (2 * split_k) >= _SHORTEST_SHARE:
+        split_k *= 2
+    tiles = [Tile(tile_m, tile_n, split_k, warps, count) for count in range(stages, 1, -1)]
+    return next((tile for tile in tiles if packed_smem(tile, bits) <= smem), tiles[-1])

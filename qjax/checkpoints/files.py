@@ -8,6 +8,7 @@ are refused. Knows nothing of any model or quantization format.
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -132,11 +133,12 @@ class CheckpointFiles:
     def json(self, name: str) -> dict[str, Any] | None:
         """The JSON object in the file `name` of the folder, or None where there is no such file."""
         file = self.path / name
-        return read_json(file) if file.is_file() else None
+        return read_json(file) if os.path.lexists(file) else None
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises CheckpointError naming file and position."""
+    file_size(file)
     try:
         value = json.loads(file.read_bytes())
     except json.JSONDecodeError as error:
@@ -150,6 +152,21 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def file_size(file: Path) -> int:
+    """Bytes of a regular file, or of the one that a symbolic link leads to.
+
+    Raises CheckpointError for a link that leads nowhere or to itself, and for a folder, pipe or device.
+    """
+    try:
+        status = file.stat()
+    except OSError as error:
+        link = f" (a symbolic link to {os.readlink(file)!r})" if file.is_symlink() else ""
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}{link}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{file}: not a regular file")
+    return status.st_size
 
 
 def _folder_entries(folder: Path, names: list[str]) -> dict[str, Entry]:
@@ -179,7 +196,7 @@ def _sharded_entries(folder: Path) -> dict[str, Entry]:
                 f"{index}: tensor {tensor!r} is in {shard!r}; allowed are names of files in the folder itself"
             )
         if shard not in headers:
-            if not (folder / shard).is_file():
+            if not os.path.lexists(folder / shard):
                 raise CheckpointError(f"{index}: tensor {tensor!r} is in {shard!r}, which is missing")
             headers[shard] = read_header(folder / shard)
         if tensor not in headers[shard]:
@@ -194,7 +211,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     Raises CheckpointError where the header is not one, or where its tensors overlap, leave a gap,
     do not match their shape, or do not end where the file does.
     """
-    size = file.stat().st_size
+    size = file_size(file)
     with file.open("rb") as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:

@@ -8,13 +8,14 @@ arrays, so that one that was lost is missed. Scale and zero point keep their dty
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from qjax.checkpoints.files import CheckpointFiles
+from qjax.checkpoints.source import TensorReader
 from qjax.errors import CheckpointError, SchemeError
 from qjax.qtensor import QTensor
 from qjax.scheme_json import scheme_from_dict, scheme_to_dict
@@ -22,14 +23,11 @@ from qjax.schemes import Scheme
 
 METHOD = "qjax"
 VERSION = 1
+MARKS = ("weight.packed",)
 
 ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if not f.metadata.get("static"))
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SHAPES = ("k_piece", "in_shape", "out_shape", "axes")
-
-# Takes a module's name in the file; gives its weight and the names of the tensors that it is made of, or None where the
-# module is not quantized. Every format has one.
-type TensorReader = Callable[[str], tuple[QTensor, tuple[str, ...]] | None]
 
 
 def to_arrays(w: QTensor, name: str) -> dict[str, jax.Array]:

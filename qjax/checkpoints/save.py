@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from qjax.checkpoints import native
+from qjax.checkpoints import compressed_tensors_write, gguf, gptq_write, native
+from qjax.checkpoints.detect import KEYS
 from qjax.checkpoints.files import CONFIG, read_json
 from qjax.checkpoints.write import write_folder
 from qjax.errors import CheckpointError
@@ -18,6 +19,15 @@ from qjax.qtensor import QTensor, is_qtensor
 
 if TYPE_CHECKING:  # imported when called, as in `qjax.checkpoints.load`
     from qjax.models.llama import Llama
+
+type Arrays = Mapping[str, jax.Array | np.ndarray]
+
+# Format -> a weight and its module's name as named arrays; weights and names of dense Linears as settings.
+WRITERS: dict[str, tuple[Callable[[QTensor, str], Arrays], Callable[..., dict[str, Any]]]] = {
+    "qjax": (lambda w, module: native.to_arrays(w, f"{module}.weight"), lambda weights, dense: native.config(weights)),
+    "gptq": (gptq_write.to_arrays, gptq_write.config),
+    "compressed-tensors": (compressed_tensors_write.to_arrays, compressed_tensors_write.config),
+}
 
 # What goes along unchanged: what tells text from tokens, when to stop, and on which terms it may be used.
 CARRIED = (
@@ -38,6 +48,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str],
+    format: str = "qjax",
     overwrite: bool = False,
 ) -> None:
     """Writes a model, quantized or not, as a folder.
@@ -45,31 +56,40 @@ def save(
     It is written aside and renamed, so that a write that fails leaves nothing behind and loses nothing.
 
     Args:
-      model: a Llama; a QTensor is stored to the bit, by the format in `qjax.checkpoints.native`.
+      model: a Llama; codes, scales and zero points are stored to the bit.
       path: the folder to make.
       source: the folder that the model was loaded from: its config.json is the new one's, but for the quantization, and
         its tokenizer, generation settings and licence are copied.
+      format: "qjax" holds every QTensor (`qjax.checkpoints.native`); "gptq" (version 1) and "compressed-tensors"
+        (pack-quantized) hold integer weights in groups of K, for other tools.
       overwrite: replace `path` if it is a checkpoint folder.
 
     Raises:
-      CheckpointError: `path` exists; `source` has no config.json; `model` is no Llama.
+      CheckpointError: `path` exists; `source` has no config.json; `model` is no Llama; a weight that the format has no
+        place for; an unknown format.
     """
+    if format not in WRITERS:
+        raise CheckpointError(f"format={format!r}; known: {', '.join(WRITERS)}")
+    to_arrays, settings = WRITERS[format]
     tensors: dict[str, QTensor] = {}
+    dense: list[str] = []
     arrays: dict[str, jax.Array | np.ndarray] = {}
     for module, name, value in _variables(model):
         if is_qtensor(value):
             # A table [vocabulary, features] is stored as the head's kernel, its transpose, is.
             tensors[module] = dataclasses.replace(value, axes=None) if name == "embedding" else value
-            arrays |= native.to_arrays(value, f"{module}.weight")
+            arrays |= to_arrays(value, module)
         elif name == "kernel":  # Flax has [in, out], files have [out, in]
+            dense.append(module)
             arrays[f"{module}.weight"] = np.asarray(value).T
         else:
             arrays[f"{module}.{'weight' if name == 'embedding' else name}"] = value
-    config = read_json(Path(source) / CONFIG)
-    config.pop("quantization_config", None)
+    config, carried = _beside(Path(source))
+    for key in KEYS:
+        config.pop(key, None)
     if tensors:
-        config["quantization_config"] = native.config(tensors)
-    write_folder(path, tensors=arrays, config=config, extra_files=_carried(Path(source)), overwrite=overwrite)
+        config["quantization_config"] = settings(tensors, dense)
+    write_folder(path, tensors=arrays, config=config, extra_files=carried, overwrite=overwrite)
 
 
 def _variables(model: Any) -> Iterator[tuple[str, str, Any]]:
@@ -87,6 +107,10 @@ def _variables(model: Any) -> Iterator[tuple[str, str, Any]]:
                 yield tensor_prefix(".".join(map(str, path))), name, variable.get_value()
 
 
-def _carried(source: Path) -> dict[str, bytes]:
+def _beside(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The config of a folder or GGUF file, and the files of a folder that go along."""
+    if not source.is_dir() and source.suffix == gguf.SUFFIX:
+        return gguf.open_file(source)[0].config, {}
     names = (file for file in sorted(source.iterdir()) if file.is_file())
-    return {file.name: file.read_bytes() for file in names if any(fnmatch(file.name, p) for p in CARRIED)}
+    carried = {file.name: file.read_bytes() for file in names if any(fnmatch(file.name, p) for p in CARRIED)}
+    return read_json(source / CONFIG), carried

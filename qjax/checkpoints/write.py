@@ -43,13 +43,13 @@ def write_folder(
     other folder never.
 
     Raises:
-      CheckpointError: `path` exists; it is not a checkpoint and would be lost; a tensor has a dtype
-        that safetensors has no name for; an extra file would leave the folder or take the name of
-        another.
+      CheckpointError: `path` exists; it is not a checkpoint and would be lost, or it cannot be
+        written; a tensor has a dtype that safetensors has no name for; an extra file would leave
+        the folder or take the name of another.
     """
     target = Path(path).absolute()
     extra_files = extra_files or {}
-    _check_target(target, overwrite)
+    check_target(target, overwrite=overwrite)
     _check_names(target, extra_files)
     shards = _split(target, tensors, shard_bytes)
     with _renamed_into(target) as folder:
@@ -64,14 +64,33 @@ def write_folder(
         _write_json(folder / CONFIG, config)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(
+    path: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None, overwrite: bool
+) -> None:
+    """Looks at the place for a folder; `write_folder` does, and long work that ends in one should before it begins.
+
+    Args:
+      path: the folder to be written.
+      source: a folder that is read for it and must remain.
+      overwrite: whether an older checkpoint may be replaced.
+
+    Raises:
+      CheckpointError: `path` is, or holds, `source`; it exists; it is not a checkpoint and would be lost; or it cannot
+        be written.
+    """
+    target = Path(path).absolute()
+    if source is not None and target.exists() and Path(source).resolve().is_relative_to(target.resolve()):
+        raise CheckpointError(f"{target}: would replace {source}, which is read for it; choose another folder")
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise CheckpointError(f"{target}: {above} is no folder that can be written to")
     if not target.exists():
         return
     if not target.is_dir():
         raise CheckpointError(f"{target}: exists and is not a folder")
     names = os.listdir(target)
     if names and not overwrite:
-        raise CheckpointError(f"{target}: exists; choose another folder or allow overwriting")
+        raise CheckpointError(f"{target}: exists; choose another folder or allow to overwrite it (--overwrite)")
     if names and CONFIG not in names:
         raise CheckpointError(f"{target}: not overwritten: it has no {CONFIG}, so it is not a checkpoint")
 

@@ -10,15 +10,19 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import qjax
-from qjax.cli import devices, explain, generate, perplexity, quantize
+from qjax.cli import bench, convert, devices, explain, generate, perplexity, quantize, roofline, tune
 from qjax.errors import QJaxError
 
 COMMANDS = {
     "quantize": quantize,
+    "convert": convert,
     "generate": generate,
     "perplexity": perplexity,
     "explain": explain,
     "devices": devices,
+    "roofline": roofline,
+    "bench": bench,
+    "tune": tune,
 }
 
 # The user's own: their message says all. Anything else that gets here is named by its class too.

@@ -41,12 +41,17 @@ def backend_of(args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def open_model(folder: str, dtype: str | None = None, scheme: str | None = None) -> "Llama":
-    """The model in a folder, its layers quantized if a scheme is given; heads and embeddings are left alone."""
+def open_model(
+    folder: str, dtype: str | None = None, scheme: str | None = None, *, activations: str = "checkpoint"
+) -> "Llama":
+    """The model in a folder, its layers quantized if a scheme is given; heads and embeddings are left alone.
+
+    `activations`, as of `qjax.load`, says how a folder that is quantized already treats them.
+    """
     import qjax.nnx
 
     parsed = None if scheme is None else qjax.parse_scheme(scheme)  # a wrong one fails before anything is loaded
-    model = load(folder, dtype=dtype)
+    model = load(folder, dtype=dtype, activations=activations)
     if parsed is not None:
         qjax.nnx.quantize(model, parsed)
     return model
@@ -55,6 +60,11 @@ def open_model(folder: str, dtype: str | None = None, scheme: str | None = None)
 def kernel_bytes(model: "Llama") -> int:
     """What the kernels of a model weigh, quantized or not: no embeddings, norms and biases."""
     return sum(layer.kernel.nbytes for layer in layers(model) if layer.name == "kernel")
+
+
+def quantizes_activations(model: "Llama") -> bool:
+    """Whether a layer rounds its input."""
+    return any(is_qtensor(layer.kernel) and layer.kernel.scheme.activation is not None for layer in layers(model))
 
 
 def scheme_names(model: "Llama") -> str | None:

@@ -2,10 +2,20 @@
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qjax.cli.opening import SCHEME_HELP, add_model, add_tokenizer, backend_of, kernel_bytes, open_model, scheme_names
+from qjax.cli.opening import (
+    SCHEME_HELP,
+    add_model,
+    add_tokenizer,
+    backend_of,
+    kernel_bytes,
+    open_model,
+    quantizes_activations,
+    scheme_names,
+)
 from qjax.cli.tables import show
 from qjax.errors import QJaxError
 from qjax.models.perplexity import perplexity
@@ -31,14 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measures and prints."""
     ids = load_tokenizer(args.tokenizer or args.folder).encode(_text(args.text), add_special_tokens=False)
+    batch = min(BATCH, max(args.windows or BATCH, 1))
+    measure = partial(perplexity, token_ids=ids, window=WINDOW, max_windows=args.windows, batch_size=batch)
+    rounded: dict[str, Any] = {}
     with backend_of(args):
         model = open_model(args.folder, args.dtype, args.scheme)
+        if args.scheme is None and quantizes_activations(model):
+            rounded = {"perplexity_activations": measure(model).perplexity}
+            model = open_model(args.folder, args.dtype, activations="none")
         base_folder = args.base or (args.folder if args.scheme else None)
         base = None if base_folder is None else open_model(base_folder, args.dtype)
-        batch = min(BATCH, max(args.windows or BATCH, 1))
-        found = perplexity(model, ids, base=base, window=WINDOW, max_windows=args.windows, batch_size=batch)
+        found = measure(model, base=base)
     result: dict[str, Any] = {
         "perplexity": found.perplexity,
+        **rounded,
         "windows": found.windows,
         "tokens": found.tokens,
         "bytes": kernel_bytes(model),
@@ -50,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(result))
         return
     notes = ["bytes are those of the layers' kernels; tokens counts the predictions"]
+    if rounded:
+        notes.append("perplexity is with activations as they are, perplexity_activations as the folder quantizes them")
     if base is not None:
         notes.append(f"kl (nats) and top1 (share of predictions with the same likeliest token) are to {base_folder}")
     show(list(result), [[_cell(value) for value in result.values()]], notes=notes)

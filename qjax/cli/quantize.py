@@ -7,9 +7,10 @@ from pathlib import Path
 import qjax
 from qjax.checkpoints.load import load
 from qjax.checkpoints.save import save
+from qjax.checkpoints.write import check_target
 from qjax.cli.opening import SCHEME_HELP, kernel_bytes, scheme_names
 from qjax.cli.tables import show
-from qjax.errors import CheckpointError, RuleError
+from qjax.errors import RuleError
 from qjax.explain import layers
 from qjax.qtensor import is_qtensor
 from qjax.rules import EVERYTHING, Rule, parse_rules
@@ -36,9 +37,8 @@ def run(args: argparse.Namespace) -> None:
     import qjax.nnx
 
     rules = _rules(args)
-    out = Path(args.out)  # looked at before the work, not only after it
-    if not args.overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists; choose another folder or --overwrite")
+    out = Path(args.out)
+    check_target(out, source=args.folder, overwrite=args.overwrite)  # before the work, too
     start = time.perf_counter()
     model = load(args.folder)
     before = kernel_bytes(model)

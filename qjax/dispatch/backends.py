@@ -11,19 +11,19 @@ class Backend:
 
     Attributes:
       name: what `backend=` takes.
-      folder: the package that holds it; None where it is part of qjax.
+      folder: the package that holds its kernels.
       about: what it is, for listings.
     """
 
     name: str
-    folder: str | None
+    folder: str
     about: str
 
 
 BACKENDS: dict[str, Backend] = {
     row.name: row
     for row in (
-        Backend("xla", None, "plain JAX operations, on any device: the reference"),
+        Backend("xla", "pallas_kernels.xla", "plain JAX operations, on any device; the reference among them"),
         Backend("triton", "pallas_kernels.triton", "Pallas kernels lowered through Triton"),
         Backend("mosaic", "pallas_kernels.mosaic", "Pallas kernels for Hopper and Blackwell"),
         Backend("cublaslt", "xla_ffi.cublaslt", "NVIDIA's cuBLASLt through XLA's FFI"),

@@ -18,10 +18,10 @@ from absl import logging
 from qjax import devices
 from qjax.devices import Device
 from qjax.dispatch import backends, roofline, tuning
-from qjax.dispatch.backends import BACKENDS, Selection
+from qjax.dispatch.backends import Selection
 from qjax.dispatch.problem import Problem
 from qjax.dispatch.roofline import Estimate
-from qjax.dispatch.routes import ROUTES, Route
+from qjax.dispatch.routes import AS_IT_IS, ROUTES, Route
 from qjax.errors import BackendError
 
 ABSENT = "backend absent"
@@ -140,8 +140,9 @@ def refusal(route: Route, problem: Problem, device: Device) -> str | None:
     """
     if not _is_present(route):
         return ABSENT
+    problem = seen_by(route, problem)
     reason = _mismatch(route, problem, device)
-    if reason is not None or BACKENDS[route.backend].folder is None:  # the reference takes all
+    if reason is not None or route.is_reference:  # it takes all
         return reason
     try:
         module = load(route)
@@ -151,10 +152,17 @@ def refusal(route: Route, problem: Problem, device: Device) -> str | None:
     return module.unsupported(problem.m, problem.k, problem.n, **facts(problem, device))
 
 
+def seen_by(route: Route, problem: Problem) -> Problem:
+    """The problem, x as its codes in bfloat16 where it is quantized and the route takes x only as it is."""
+    if problem.x_format is None or route.x_formats != AS_IT_IS or problem.x_granularity == "block":
+        return problem
+    return problem.with_float_x()
+
+
 def _mismatch(route: Route, problem: Problem, device: Device) -> str | None:
     """Why the row does not fit, from the most general reason to the most particular."""
     scheme = problem.scheme
-    x_format = scheme.activation.format if scheme.activation else None
+    x_format = problem.x_format
     needed = f"{route.cc_min / 10:.1f}"
     if route.cc_max != route.cc_min:
         needed += f" to {route.cc_max / 10:.1f}" if route.cc_max else " or later"
@@ -189,7 +197,8 @@ def facts(problem: Problem, device: Device) -> dict[str, Any]:
         "group": group,
         "block_n": block_n,
         "symmetric": scheme.symmetric,
-        "x_format": scheme.activation.format if scheme.activation else None,
+        "x_format": problem.x_format,
+        "x_granularity": problem.x_granularity,
         "x_dtype": problem.x_dtype.name,
         "out_dtype": problem.out_dtype.name,
         "scale_dtype": problem.scale_dtype.name,
@@ -224,7 +233,7 @@ def possible(device: Device, routes: tuple[Route, ...] = ROUTES) -> tuple[str, .
 
 def _is_present(route: Route) -> bool:
     """Whether the module's folder is there, as a package and not as a left-over `__pycache__`."""
-    if BACKENDS[route.backend].folder is None:
+    if route.is_reference:
         return True
     parts = route.module.split(".")[:-1]
     folders = (".".join(parts[: i + 1]) for i in range(len(parts)))

@@ -18,6 +18,7 @@ FEATURES = frozenset(
         "global_scale",  # a second level of scale (NVFP4)
         "nested_scale",  # scales that are quantized themselves
         "input_perm",  # act-order: x is permuted before the product
+        "padded_pieces",  # K stored as several pieces, each padded
     }
 )
 
@@ -57,6 +58,29 @@ class Problem:
         """Rows and columns of `[N, K]` that share a scale."""
         block_n, block_k = self.scheme.block
         return block_n or self.n, block_k or self.k
+
+    @property
+    def x_format(self) -> str | None:
+        """To what x is quantized; None where it is left as it is, as the vectors of transposed products are."""
+        activation = None if self.transposed else self.scheme.activation
+        return activation.format if activation else None
+
+    @property
+    def x_granularity(self) -> str | None:
+        """What a scale of quantized x covers: a token, the tensor or a block of 128 along K."""
+        activation = None if self.transposed else self.scheme.activation
+        return activation.granularity if activation else None
+
+    def with_float_x(self) -> "Problem":
+        """The product that a kernel sees which does not quantize x: bfloat16 codes, one scale a row left for later.
+
+        Codes of 8 bits are exact in bfloat16; what follows the product waits for the scale of x.
+        """
+        scheme = dataclasses.replace(self.scheme, activation=None)
+        float32, bfloat16 = np.dtype("float32"), np.dtype("bfloat16")
+        return dataclasses.replace(
+            self, scheme=scheme, x_dtype=bfloat16, out_dtype=float32, bias=False, activation=None, residual=False
+        )
 
     @property
     def shape(self) -> str:

@@ -4,7 +4,7 @@
     dequantize   fixed + (codes + scales + dense) / bandwidth
                        + max((dense + x + y) / bandwidth, operations / rate)
 
-with `dense` the weight in float32. Bandwidth and rate are the device's peaks times what a kernel
+with `dense` the weight in 16 or 32 bits. Bandwidth and rate are the device's peaks times what a kernel
 was measured to reach of them.
 """
 
@@ -28,7 +28,7 @@ class Efficiency:
       bandwidth, rate: parts of the device's peaks.
       fixed: seconds to start.
       source: what was measured.
-      method: whether codes go straight into the product, or a dense weight is written first.
+      dense: bytes of an element of the dense weight that is written first; 0 where codes go straight into the product.
       m_max: the most rows of x that this holds for; None for any number.
     """
 
@@ -36,7 +36,7 @@ class Efficiency:
     rate: float
     fixed: float
     source: str
-    method: Literal["fused", "dequantize"] = "fused"
+    dense: int = 0
     m_max: int | None = None
 
 
@@ -54,29 +54,71 @@ CEILING = Efficiency(
 _H200 = "H200, jax 0.11.2, 22016 x 4096: "
 _EPYC = "2 cores of an EPYC 9005, jax 0.11.2, 4096 x 4096: "
 MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
-    ("xla.dequantize", "gpu", True): (
+    ("xla.reference", "gpu", True): (
         Efficiency(0.12, 0.75, 2e-6, _H200 + "79 us (int4 g128), 90 us (nf4)", m_max=1),
         Efficiency(
             0.33, 0.75, 2e-6,
             _H200 + "667 us (int4 g128), 309 us (nf4) at M=16; 7.8 and 7.5 ms at M=2048",
-            "dequantize",
+            4,
         ),
     ),
-    ("xla.dequantize", "gpu", False): (
+    ("xla.reference", "gpu", False): (
         Efficiency(0.5, 0.75, 2e-6, _H200 + "46 us (int8), 33 us (e4m3)", m_max=1),
         Efficiency(
             0.55, 0.75, 2e-6,
             _H200 + "303 us (int8), 300 us (e4m3) at M=16; 7.5 ms at M=2048",
-            "dequantize",
+            4,
         ),
     ),
-    ("xla.dequantize", "cpu", True): (
+    ("triton.matmul_packed", "gpu", True): (
+        Efficiency(0.53, 0.42, 3.6e-6, _H200 + "22 us (int4 g128) at M=1 and 16", m_max=16),
+        Efficiency(0.3, 0.42, 3.6e-6, _H200 + "38 us (int4 g128) at M=64, 112 at 256, 870 at 2048"),
+    ),
+    ("triton.matmul_w8a8", "gpu", False): (
+        Efficiency(0.68, 0.5, 2.5e-6, _H200 + "29 us (int8) at M=64", m_max=64),
+        Efficiency(0.68, 0.42, 3e-6, _H200 + "57 us (int8) at M=256", m_max=256),
+        Efficiency(0.7, 0.6, 5e-6, _H200 + "324 us (int8) at M=2048"),
+    ),
+    ("triton.transposed", "gpu", True): (
+        Efficiency(0.3, 0.4, 4e-6, _H200 + "31 us (int4 g128) at M=1, 39 at 16", m_max=16),
+        Efficiency(0.06, 0.1, 4e-6, _H200 + "176 us (int4 g128) at M=64, 502 at 256"),
+    ),
+    ("triton.transposed_8bit", "gpu", False): (
+        Efficiency(0.47, 0.4, 4e-6, _H200 + "42 us (int8) at M=1, 43 at 16", m_max=16),
+        Efficiency(0.34, 0.27, 4e-6, _H200 + "59 us (int8) at M=64, 177 at 256"),
+    ),
+    ("xla.multiply_reduce", "gpu", True): (
+        Efficiency(0.36, 1.0, 2.5e-6, _H200 + "29 us (int4 g128) at M=1", m_max=1),
+        Efficiency(0.28, 1.0, 2.5e-6, _H200 + "37 us (int4 g128) at M=2"),
+    ),
+    ("xla.multiply_reduce", "gpu", False): (
+        Efficiency(0.65, 1.0, 3e-6, _H200 + "30 us (int8) at M=1", m_max=1),
+        Efficiency(0.4, 1.0, 3e-6, _H200 + "73 us (int8) at M=4"),
+    ),
+    ("xla.dequantize_dot", "gpu", True): (
+        Efficiency(0.8, 0.62, 3e-6, _H200 + "108 us (int4 g128) at M=16, 661 at 2048", 2),
+    ),
+    ("xla.dequantize_dot", "gpu", False): (
+        Efficiency(0.8, 0.62, 3e-6, "as with packed weights", 2),
+    ),
+    ("xla.int8_dot", "gpu", False): (
+        Efficiency(0.66, 0.5, 3e-6, _H200 + "33 us at M=64", m_max=64),
+        Efficiency(0.66, 0.52, 6e-6, _H200 + "374 us at M=2048"),
+    ),
+    ("cublaslt.matmul", "gpu", False): (
+        Efficiency(0.57, 0.5, 4e-6, _H200 + "37 us (e4m3), 39 us (int8) at M=64", m_max=64),
+        Efficiency(0.62, 0.65, 6e-6, _H200 + "298 us (e4m3), 293 us (int8) at M=2048"),
+    ),
+    ("cublaslt.dense", "gpu", False): (
+        Efficiency(0.8, 0.62, 3e-6, "as xla.dequantize_dot: 565 us of bf16 product at M=2048", 2),
+    ),
+    ("xla.reference", "cpu", True): (
         Efficiency(
-            0.2, 1.0, 1e-5, _EPYC + "39 ms (int4 g128) at M=1, 26 ms at M=16", "dequantize"
+            0.2, 1.0, 1e-5, _EPYC + "39 ms (int4 g128) at M=1, 26 ms at M=16", 4
         ),
     ),
-    ("xla.dequantize", "cpu", False): (
-        Efficiency(0.2, 1.0, 1e-5, _EPYC + "75 ms (int8) at M=1, 20 ms at M=16", "dequantize"),
+    ("xla.reference", "cpu", False): (
+        Efficiency(0.2, 1.0, 1e-5, _EPYC + "75 ms (int8) at M=1, 20 ms at M=16", 4),
     ),
 }  # fmt: skip
 
@@ -137,22 +179,19 @@ def activation_bytes(problem: Problem) -> int:
 
 
 def compute_format(problem: Problem, device: Device) -> str:
-    """The operands' format: that of quantized x where the device takes it, else x's own."""
-    quantized = problem.scheme.activation
-    if quantized is not None and device.takes(quantized.format):
-        return quantized.format
-    return problem.x_dtype.name
+    """The operands' format: that of quantized x where the device takes it; else a float's."""
+    if problem.x_format is None:
+        return problem.x_dtype.name
+    return problem.x_format if device.takes(problem.x_format) else problem.out_dtype.name
 
 
 def estimate(problem: Problem, device: Device, efficiency: Efficiency = CEILING) -> Estimate:
     """Seconds for the problem on the device by the roofline in the module's docstring."""
     codes = problem.batch * weight_bytes(problem)
     around = problem.batch * activation_bytes(problem)
-    dense = problem.batch * problem.n * problem.k * _FLOAT32.itemsize
-    if efficiency.method == "dequantize":
-        before, during, format = codes + dense, dense + around, _FLOAT32.name
-    else:
-        before, during, format = 0, codes + around, compute_format(problem, device)
+    dense = problem.batch * problem.n * problem.k * efficiency.dense
+    before, during = (codes + dense, dense + around) if dense else (0, codes + around)
+    format = _FLOAT32.name if efficiency.dense == _FLOAT32.itemsize else compute_format(problem, device)
     return _roofline(problem, device, before, during, format, efficiency)
 
 

@@ -36,9 +36,45 @@ class Route:
     m_min: int = 0
     m_max: int | None = None
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is the product that QJAX itself holds, which can always run and reads QTensors."""
+        return self.module == "qjax.reference"
+
+
+INTEGERS = frozenset({"int2", "int3", "int4", "int5", "int6"})
+TABLES = frozenset({"nf4", "fp4"})
+BYTES = frozenset({"int8", "e4m3", "e5m2"})
+GPU = frozenset({"gpu"})
+AS_IT_IS: frozenset[str | None] = frozenset({None})
+SCALED = frozenset({"global_scale", "nested_scale"})
+ZEROS = frozenset({"zero_point", "zero_point_real"})
+PIECES = frozenset({"padded_pieces"})
 
 # fmt: off
 ROUTES: tuple[Route, ...] = (
-    Route("xla.dequantize", "xla", "qjax.reference"),
+    Route("xla.reference", "xla", "qjax.reference"),
+    Route("triton.matmul_packed", "triton", "pallas_kernels.triton.matmul_packed", INTEGERS | TABLES | {"e2m1"},
+          AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=1),
+    Route("triton.matmul_8bit", "triton", "pallas_kernels.triton.matmul_8bit", BYTES,
+          AS_IT_IS, frozenset({"zero_point", "nested_scale"}), GPU, 80, m_min=1),
+    Route("triton.matmul_w8a8", "triton", "pallas_kernels.triton.matmul_w8a8", frozenset({"int8", "e4m3"}),
+          frozenset({"int8", "e4m3"}), frozenset(), GPU, 80, m_min=1),
+    Route("triton.transposed", "triton", "pallas_kernels.triton.transposed", TABLES | {"int4", "e2m1"},
+          AS_IT_IS, SCALED | {"zero_point"} | PIECES, GPU, 80, m_min=1),
+    Route("triton.transposed_8bit", "triton", "pallas_kernels.triton.transposed_8bit", BYTES,
+          AS_IT_IS, SCALED | {"zero_point"}, GPU, 80, m_min=1),
+    Route("xla.multiply_reduce", "xla", "pallas_kernels.xla.multiply_reduce", None,
+          AS_IT_IS, SCALED | ZEROS | PIECES | {"codebook"}, GPU, m_min=1, m_max=2),
+    Route("xla.dequantize_dot", "xla", "pallas_kernels.xla.dequantize_dot", None,
+          AS_IT_IS, SCALED | ZEROS | PIECES | {"codebook"}, GPU, m_min=1),
+    Route("xla.int8_dot", "xla", "pallas_kernels.xla.int8_dot", frozenset({"int8"}),
+          frozenset({"int8"}), ZEROS | {"global_scale"}, GPU, 75, m_min=1),
+    Route("cublaslt.matmul", "cublaslt", "xla_ffi.cublaslt.matmul", BYTES,
+          frozenset({"int8", "e4m3"}), frozenset({"global_scale"}), GPU, 75, m_min=1),
+    Route("cublaslt.dense", "cublaslt", "xla_ffi.cublaslt.dense", BYTES,
+          AS_IT_IS, frozenset({"global_scale"}), GPU, 80, m_min=64),
+    Route("cublaslt.microscaling", "cublaslt", "xla_ffi.cublaslt.microscaling", frozenset({"e4m3", "e5m2", "e2m1"}),
+          frozenset({"e4m3", "e2m1"}), frozenset({"global_scale"}), GPU, 100, m_min=1),
 )
 # fmt: on

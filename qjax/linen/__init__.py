@@ -1,5 +1,6 @@
 """Quantized layers for `flax.linen`, and unmodified linen models on quantized params."""
 
+from . import serialization as serialization
 from .intercept import apply as apply
 from .intercept import intercept as intercept
 from .qdense import QDense as QDense

@@ -1,4 +1,4 @@
-"""Llama and kin (Mistral, Qwen2, Qwen3) in nnx: token ids -> logits, with or without a KV cache.
+"""Llama and kin (Mistral, Qwen2, Qwen3, Gemma 2 and 3) in nnx: token ids -> logits, with or without a KV cache.
 
 Module paths are Hugging Face's tensor names without the leading `model.`:
 `layers.0.self_attn.q_proj`, `layers.0.mlp.down_proj`, `embed_tokens`, `norm`, `lm_head`. Linears
@@ -46,17 +46,24 @@ def automatic_axes[R](method: Callable[..., R]) -> Callable[..., R]:
 
 
 class RMSNorm(nnx.Module):
-    """x * weight / sqrt(mean(x^2) + epsilon) over the last axis, in float32."""
+    """x * (offset + weight) / sqrt(mean(x^2) + epsilon) over the last axis, in float32."""
 
-    def __init__(self, features: int, *, epsilon: float, param_dtype: DTypeLike) -> None:
-        self.weight = nnx.Param(jnp.ones((features,), param_dtype))
+    def __init__(self, features: int, *, epsilon: float, offset: float = 0.0, param_dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.full((features,), 1 - offset, param_dtype))
         self.epsilon = epsilon
+        self.offset = offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., features]` -> the same, in x's dtype."""
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        weight = self.weight[...].astype(jnp.float32) + self.offset
+        return (wide * inverse * weight).astype(x.dtype)
+
+
+def norm_of(config: LlamaConfig, features: int, param_dtype: DTypeLike) -> RMSNorm:
+    """A norm as the config has them."""
+    return RMSNorm(features, epsilon=config.rms_norm_eps, offset=config.norm_offset, param_dtype=param_dtype)
 
 
 class Attention(nnx.Module):
@@ -74,9 +81,6 @@ class Attention(nnx.Module):
         def linear(n_in: int, n_out: int, bias: bool) -> nnx.Linear:
             return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-        def head_norm() -> RMSNorm:
-            return RMSNorm(self.head_dim, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
-
         self.head_dim = config.head_dim
         self.window = config.sliding_windows[layer] if config.sliding_windows else None
         q_features = config.num_attention_heads * config.head_dim
@@ -85,8 +89,10 @@ class Attention(nnx.Module):
         self.k_proj = linear(config.hidden_size, kv_features, config.qkv_bias)
         self.v_proj = linear(config.hidden_size, kv_features, config.qkv_bias)
         self.o_proj = linear(q_features, config.hidden_size, config.o_bias)
-        self.q_norm = head_norm() if config.qk_norm else None
-        self.k_norm = head_norm() if config.qk_norm else None
+        self.q_norm = norm_of(config, config.head_dim, param_dtype) if config.qk_norm else None
+        self.k_norm = norm_of(config, config.head_dim, param_dtype) if config.qk_norm else None
+        self.scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+        self.softcap = config.attention_softcap
 
     def __call__(
         self,
@@ -111,7 +117,8 @@ class Attention(nnx.Module):
             keys, values = cache.keys, cache.values
             key_positions = jnp.arange(keys.shape[1])[None, :]
         mask = causal_mask(positions, key_positions, self.window)
-        return self.o_proj(attend(queries, keys, values, mask)), cache
+        attended = attend(queries, keys, values, mask, scale=self.scale, softcap=self.softcap)
+        return self.o_proj(attended), cache
 
 
 def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
@@ -121,8 +128,21 @@ def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: in
     return mask if window is None else mask & (key > query - window)
 
 
-def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v with float32 scores.
+def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap); x itself without one."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attend(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """softmax(cap(scale * q k^T)) v with float32 scores; `scale` is 1 / sqrt(D) where it is not given.
 
     `queries` `[B, S, H, D]`, `keys` and `values` `[B, T, H_kv, D]`, `mask` bool `[B, S, T]` ->
     `[B, S, H * D]`. Query heads `i * H/H_kv` to `(i + 1) * H/H_kv - 1` share key-value head i.
@@ -131,7 +151,8 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Arr
     grouped = queries.reshape(batch, length, keys.shape[2], -1, head_dim)
     scores = jnp.einsum("bskgd,btkd->bkgst", grouped, keys, preferred_element_type=jnp.float32)
     # Not -inf: a padded query sees no key at all, and its row must not turn into NaN.
-    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    scores = soft_capped(scores * (head_dim**-0.5 if scale is None else scale), softcap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bkgst,btkd->bskgd", weights, values).reshape(batch, length, -1)
 
@@ -163,7 +184,10 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then MLP, each on a normalized copy of the residual stream."""
+    """Attention, then MLP, each on a normalized copy of the residual stream; in Gemma what they give is normalized too.
+
+    The norm that Llama calls `post_attention_layernorm` comes before the MLP, Gemma's of that name after attention.
+    """
 
     def __init__(
         self,
@@ -175,11 +199,13 @@ class DecoderLayer(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         def norm() -> RMSNorm:
-            return RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
+            return norm_of(config, config.hidden_size, param_dtype)
 
         self.input_layernorm = norm()
         self.self_attn = Attention(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm() if config.sandwich_norms else None
+        self.post_feedforward_layernorm = norm() if config.sandwich_norms else None
         self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
@@ -192,8 +218,11 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """`[B, S, hidden]` -> the same, and the layer's cache after."""
         attended, cache = self.self_attn(self.input_layernorm(x), cos, sin, positions, cache)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), cache
 
 
 class Llama(nnx.Module):
@@ -202,6 +231,7 @@ class Llama(nnx.Module):
     Attributes:
       config: its shape.
       dtype: of activations and of the KV cache. In float32, products are full float32 (no TF32).
+      notes: what its checkpoint asks for and is done otherwise; `qjax.explain` shows them.
     """
 
     def __init__(
@@ -214,6 +244,7 @@ class Llama(nnx.Module):
     ) -> None:
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.notes: tuple[str, ...] = ()
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
@@ -221,7 +252,7 @@ class Llama(nnx.Module):
             DecoderLayer(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
+        self.norm = norm_of(config, config.hidden_size, param_dtype)
         head = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else head(config.hidden_size, config.vocab_size)
@@ -259,11 +290,15 @@ class Llama(nnx.Module):
             start = 0 if cache is None else cache.lengths[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(input_ids.shape[1]), input_ids.shape)
         layer_caches = (None,) * len(self.layers) if cache is None else cache.layers
-        cos, sin = angles(self.config.rope, positions)
+        turns = angles(self.config.rope, positions)
+        local = turns if self.config.local_rope is None else angles(self.config.local_rope, positions)
         after: list[Any] = []
         with self._precision():
             x = self.embed_tokens(input_ids)
+            if self.config.embedding_scale != 1:
+                x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
             for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+                cos, sin = turns if layer.self_attn.window is None else local
                 x, layer_cache = layer(x, cos, sin, positions, layer_cache)
                 after.append(layer_cache)
         if cache is not None:
@@ -276,7 +311,7 @@ class Llama(nnx.Module):
         """The head: `[..., hidden]` -> float32 `[..., vocab_size]`."""
         head = self.embed_tokens.attend if self.lm_head is None else self.lm_head
         with self._precision():
-            return head(hidden).astype(jnp.float32)
+            return soft_capped(head(hidden).astype(jnp.float32), self.config.logit_softcap)
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache for `batch` rows of up to `capacity` tokens."""

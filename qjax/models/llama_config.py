@@ -1,8 +1,8 @@
 """A Llama's shape, from a Hugging Face config.json: frozen, complete, every default applied.
 
-Enters the parsed JSON of a llama, mistral, qwen2 or qwen3 (dense) checkpoint; leaves a
-`LlamaConfig`. The families differ in biases, normalized queries and keys, and sliding windows:
-rows of a table here, plain fields there. Defaults are those of transformers' configuration classes.
+Enters the parsed JSON of a llama, mistral, qwen2, qwen3 (dense), gemma2 or gemma3 (text) checkpoint;
+leaves a `LlamaConfig`. The families differ in biases, norms, sliding windows and soft caps: rows of a
+table here, plain fields there. Defaults are those of transformers' configuration classes.
 """
 
 import math
@@ -32,18 +32,49 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"bos_token_id": 1, "eos_token_id": 2, "sliding_window": 4096},
     "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "gemma2": {
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "tie_word_embeddings": True,
+    },
 }
+GEMMAS = ("gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama, Mistral, Qwen2 or Qwen3. Hashable; names follow config.json.
+    """The shape of a Llama, Mistral, Qwen2, Qwen3 or Gemma. Hashable; names follow config.json.
 
     Attributes:
       qkv_bias, o_bias, mlp_bias: which projections have a bias.
-      qk_norm: RMSNorm over each query's and key's head (Qwen3).
+      qk_norm: RMSNorm over each query's and key's head (Qwen3, Gemma 3).
       sliding_windows: for each layer how many positions back a query sees, itself included; None
         is all of them, as is an empty tuple for every layer.
+      local_rope: of layers with a window, where it is another than `rope` (Gemma 3).
+      norm_offset: added to the weights of norms (1 in Gemma).
+      sandwich_norms: also normalize what attention and MLP give (Gemma).
+      embedding_scale: multiplies the embedding of a token, not the head that is tied to it.
+      query_scale: multiplies scores; None is 1 / sqrt(head_dim).
+      attention_softcap, logit_softcap: c of `c * tanh(x / c)` over scores and logits; None leaves them.
       eos_token_ids: tokens that end a text; may be empty.
       dtype: the checkpoint's own dtype, "float32", "float16" or "bfloat16".
     """
@@ -66,6 +97,13 @@ class LlamaConfig:
     qk_norm: bool = False
     tie_word_embeddings: bool = False
     sliding_windows: tuple[int | None, ...] = ()
+    local_rope: Rope | None = None
+    norm_offset: float = 0.0
+    sandwich_norms: bool = False
+    embedding_scale: float = 1.0
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
@@ -115,7 +153,9 @@ class LlamaConfig:
                 f"head_dim={head_dim}: expected key-value heads that divide the heads, and an even "
                 "head_dim"
             )
-        attention_bias = model_type in ("llama", "qwen3") and keys.flag("attention_bias")
+        gemma = model_type in GEMMAS
+        attention_bias = model_type not in ("qwen2", "mistral") and keys.flag("attention_bias")
+        rope, local_rope = _ropes(keys, head_dim, model_type)
         return cls(
             model_type=model_type,
             vocab_size=keys.count("vocab_size"),
@@ -126,15 +166,17 @@ class LlamaConfig:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=keys.count("max_position_embeddings"),
-            rope=_rope(keys, head_dim),
+            rope=rope,
             rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
-            hidden_act=keys.choice("hidden_act", ACTIVATIONS, "silu"),
+            hidden_act=keys.choice("hidden_activation" if gemma else "hidden_act", ACTIVATIONS, "silu"),
             qkv_bias=model_type == "qwen2" or attention_bias,
             o_bias=attention_bias,
             mlp_bias=model_type == "llama" and keys.flag("mlp_bias"),
-            qk_norm=model_type == "qwen3",
+            qk_norm=model_type in ("qwen3", "gemma3_text"),
             tie_word_embeddings=keys.flag("tie_word_embeddings"),
             sliding_windows=_sliding_windows(keys, model_type, layers),
+            local_rope=local_rope,
+            **(_gemma_fields(keys, hidden_size) if gemma else {}),
             bos_token_id=keys.count("bos_token_id", least=0) if "bos_token_id" in keys.config else None,
             eos_token_ids=_eos_token_ids(keys, generation_config),
             dtype=keys.choice("dtype", DTYPES, keys.get("torch_dtype", "float32")),
@@ -168,6 +210,9 @@ class _Keys:
             raise self.error(key, "a positive number")
         return float(value)
 
+    def optional_number(self, key: str) -> float | None:
+        return self.number(key) if key in self.config else None
+
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         value = self.get(key)
         legal = isinstance(value, list) and all(type(item) in (int, float) for item in value)
@@ -189,6 +234,31 @@ class _Keys:
         if value not in allowed:
             raise NotImplementedError(f"{self.where}: {key}={value!r} is not supported; supported: {names}")
         return value
+
+
+def _gemma_fields(keys: _Keys, hidden_size: int) -> dict[str, Any]:
+    return {
+        "norm_offset": 1.0,
+        "sandwich_norms": True,
+        "embedding_scale": hidden_size**0.5,
+        "query_scale": keys.number("query_pre_attn_scalar") ** -0.5,
+        "attention_softcap": keys.optional_number("attn_logit_softcapping"),
+        "logit_softcap": keys.optional_number("final_logit_softcapping"),
+    }
+
+
+def _ropes(keys: _Keys, head_dim: int, model_type: str) -> tuple[Rope, Rope | None]:
+    """Of layers that see all, and (Gemma 3) of those with a window; older configs have a base for these."""
+    if model_type != "gemma3_text":
+        return _rope(keys, head_dim), None
+    table = keys.get("rope_parameters", {})
+    if isinstance(table, Mapping) and "full_attention" in table:
+        kinds = (table.get("full_attention"), table.get("sliding_attention", {}))
+        full, local = (_rope(_Keys(keys.config | {"rope_parameters": kind}, keys.where), head_dim) for kind in kinds)
+        return full, local
+    own = {key: value for key, value in keys.config.items() if key not in ("rope_parameters", "rope_scaling")}
+    own["rope_theta"] = keys.number("rope_local_base_freq")
+    return _rope(keys, head_dim), _rope(_Keys(own, keys.where), head_dim)
 
 
 def _rope(keys: _Keys, head_dim: int) -> Rope:
@@ -282,16 +352,23 @@ _SCALINGS: dict[str, Callable[[_Keys, int], dict[str, Any]]] = {
 
 
 def _sliding_windows(keys: _Keys, model_type: str, layers: int) -> tuple[int | None, ...]:
-    """Mistral's window is every layer's, Qwen's is those layers' that `layer_types` names."""
+    """Mistral's window is every layer's, Qwen's and Gemma's is those layers' that `layer_types` names."""
     window = keys.count("sliding_window") if "sliding_window" in keys.config else None
     if model_type == "mistral":
         return (window,) * layers
-    if window is None or not keys.flag("use_sliding_window"):
+    gemma = model_type in GEMMAS
+    if window is None or not (gemma or keys.flag("use_sliding_window")):
         return (None,) * layers
-    first = keys.count("max_window_layers", least=0)
-    types = keys.get("layer_types", ["full_attention"] * first + ["sliding_attention"] * (layers - first))
+    if gemma:  # every so many-th layer sees all
+        pattern = keys.count("sliding_window_pattern")
+        sees_all = [(layer + 1) % pattern == 0 for layer in range(layers)]
+    else:
+        first = keys.count("max_window_layers", least=0)
+        sees_all = [layer < first for layer in range(layers)]
+    types = keys.get("layer_types", ["full_attention" if all_of_it else "sliding_attention" for all_of_it in sees_all])
     known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(types, list) or len(types) < layers or not set(types) <= set(known):
+    legal = isinstance(types, list) and len(types) >= layers and all(isinstance(kind, str) for kind in types)
+    if not legal or not set(types) <= set(known):
         raise keys.error("layer_types", f"{layers} of {', '.join(known)}")
     return tuple(known[kind] for kind in types[:layers])
 

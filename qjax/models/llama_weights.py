@@ -7,7 +7,7 @@ file is the reader's business: the dense reader is here, those of quantized form
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from qjax.checkpoints.files import CheckpointFiles
 from qjax.errors import CheckpointError, ShardingError
 from qjax.models.llama import Llama, RMSNorm
 from qjax.models.llama_config import LlamaConfig
+from qjax.progress import track
 from qjax.qtensor import QTensor
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -97,13 +98,14 @@ def load_llama(
       ShardingError: an axis of the mesh does not divide a weight.
     """
     where = str(files.path / "config.json")
+    _check_layers(files, where)
     config = LlamaConfig.from_hf(files.config, files.json("generation_config.json"), where=where)
     dtype = jnp.dtype(config.dtype if dtype is None else dtype)
     read = dense_reader(files) if reader is None else reader
     model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
     leaves = list(_leaf_modules(model))
     _check_names(files, leaves, config, ignored)
-    for parent, attribute, path, module in leaves:
+    for parent, attribute, path, module in track(leaves, "loading"):
         prefix = tensor_prefix(path)
         where = f"{files.path}: {prefix}"
         if isinstance(module, RMSNorm):
@@ -115,6 +117,13 @@ def load_llama(
             setattr(parent, attribute, _filled(module, weights, mesh, path, where))
     logging.info("loaded %s: %s, %d layers", files.path, config.model_type, len(model.layers))
     return model
+
+
+def _check_layers(files: CheckpointFiles, where: str) -> None:
+    """Refuses a number of layers that the file cannot hold, before anything of that length is made."""
+    layers = files.config.get("num_hidden_layers")
+    if type(layers) is int and layers > len(files):
+        raise CheckpointError(f"{where}: num_hidden_layers={layers}, and the folder has {len(files)} tensors")
 
 
 def tensor_prefix(path: str) -> str:
@@ -182,7 +191,9 @@ def _checked(weights: LayerWeights, module: nnx.Linear | nnx.Embed, where: str) 
         got = kernel.shape[::-1]
     _check_shape(f"{where}.weight", got, expected)
     if bias is None and weights.bias is not None:
-        raise CheckpointError(f"{where}.bias: the config asks for no bias, the file has one")
+        if not isinstance(kernel, QTensor) or np.any(weights.bias):
+            raise CheckpointError(f"{where}.bias: the config asks for no bias, the file has one")
+        return replace(weights, bias=None)  # AutoGPTQ writes zeros where there is none
     if bias is not None:
         if weights.bias is None:
             raise CheckpointError(f"{where}.bias: missing; expected shape {list(bias.shape)}")

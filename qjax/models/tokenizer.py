@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qjax.checkpoints.hub import local_folder
 from qjax.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer in the folder `path`.
+    """The tokenizer in the folder `path`, or under that name on the hub.
 
     Raises:
       CheckpointError: the folder has no tokenizer.json, or one that `tokenizers` cannot read.
     """
     import tokenizers
 
-    file = Path(path) / FILE
+    file = local_folder(path) / FILE
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; a tokenizer is read from a folder's {FILE}")
     try:

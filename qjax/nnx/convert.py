@@ -96,9 +96,13 @@ def _plan(modules: dict[str, nnx.Module], rules: RuleUse) -> list[Task]:
     for path, module in modules.items():
         swap = SWAPS.get(type(module))
         if swap is None:
-            rules.pass_over(path)
-            if isinstance(module, tuple(SWAPS)):
+            why = ""
+            if any(isinstance(value, QParam) for value in vars(module).values()):
+                why = "is quantized already"
+            elif isinstance(module, tuple(SWAPS)):
+                why = f"is a {type(module).__name__}, a subclass, which may do more than its parent"
                 subclasses.append(f"{path} ({type(module).__name__})")
+            rules.pass_over(path, why)
             continue
         rule = rules.match(path, swap.kind)
         if rule is not None and rule.scheme is not None:

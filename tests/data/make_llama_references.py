@@ -90,6 +90,19 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "qwen3": ("qwen3", dict(head_dim=8, tie_word_embeddings=True)),
     "qwen3_bias": ("qwen3", dict(attention_bias=True)),
+    "gemma2": (
+        "gemma2",
+        dict(sliding_window=5, query_pre_attn_scalar=24, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    ),
+    "gemma2_uncapped": (
+        "gemma2",
+        dict(attn_logit_softcapping=None, final_logit_softcapping=None, tie_word_embeddings=True),
+    ),
+    "gemma3": ("gemma3_text", dict(sliding_window=5, num_hidden_layers=7, tie_word_embeddings=True)),
+    "gemma3_types": (
+        "gemma3_text",
+        dict(sliding_window=7, layer_types=["full_attention", "sliding_attention"], query_pre_attn_scalar=24),
+    ),
 }
 
 

@@ -26,6 +26,7 @@ X_ROUNDED_TOO = (2e-3, 0.02)
 # (scheme, the reference's name for it, tolerances)
 CASES = [
     ("w4a16", "int4 g128 sym, f16 scales", SAME_CODES),
+    pytest.param("w3a16:scale_dtype=float32", "int3 g128 asym", SAME_CODES, marks=pytest.mark.slow),
     pytest.param("mxfp4", "mxfp4", SAME_CODES, marks=pytest.mark.slow),
     pytest.param("nf4", "nf4 b64", SAME_CODES, marks=pytest.mark.slow),
     pytest.param("nvfp4", "nvfp4", SCALES_DIFFER, marks=pytest.mark.slow),

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from flax import nnx
 from flax.core import FrozenDict
 
 from qjax import convert, flax_kernel
@@ -50,8 +51,9 @@ class WhatIsQuantizedTest(parameterized.TestCase):
             got = quantize(PARAMS, W4)
         self.assertEqual(quantized(got), {"mlp/kernel"})
         self.assertLen(logs.records, 1)
-        for path in ("conv/kernel", "split/kernel", "merge/kernel"):
+        for path in ("split/kernel", "merge/kernel"):
             self.assertIn(path, logs.output[0])
+        self.assertNotIn("conv/kernel", logs.output[0])  # with a model it would be left alone as well
 
     def test_with_a_model_it_takes_every_dense_kernel_and_no_convolution(self):
         got = quantize(PARAMS, W4, NET, (IDS,))
@@ -144,8 +146,13 @@ class TreeTest(parameterized.TestCase):
 
 class ErrorTest(parameterized.TestCase):
     @parameterized.named_parameters(
-        ("no such path", {"encoder/.*": W4}, RuleError, r"params: rule 'encoder/\.\*' matches nothing; .*'mlp'"),
-        ("a convolution", {"conv": W4}, RuleError, "rule 'conv' matches nothing"),
+        ("no such path", {"encoder/.*": W4}, RuleError, r"params: rule 'encoder/\.\*' matches nothing: .*'mlp'"),
+        (
+            "a convolution",
+            {"conv": W4},
+            RuleError,
+            "rule 'conv' matches nothing: 'conv' is no layer that can be quantized",
+        ),
         ("a norm", {"norm": W4}, RuleError, "rule 'norm' matches nothing"),
         ("unknown scheme", "w5a4", SchemeError, "unknown scheme 'w5a4'"),
         ("group", W4A16(group_size=128), QuantizeError, "^merge/kernel: group_size=128 does not divide K=64"),
@@ -159,9 +166,45 @@ class ErrorTest(parameterized.TestCase):
         with self.assertRaisesRegex(QuantizeError, "^mlp/kernel: 1 of 4096 weights are NaN or inf"):
             quantize(bad, W4)
 
+    def test_where_nothing_is_explained_the_error_says_what_would(self):
+        params = {"layers": {"kernel": jnp.ones((3, 64, 8)), "bias": jnp.ones((3, 8))}, "lm_head": PARAMS["lm_head"]}
+        message = r"the shape of layers/kernel \(3, 64, 8\) does not .* give model= and inputs=, or axis= and stacked="
+        with self.assertRaisesRegex(RuleError, message):
+            quantize(params, W4)
+
+    def test_what_is_quantized_already_is_named(self):
+        once = quantize(PARAMS, W4, NET, (IDS,))
+        with self.assertRaisesRegex(RuleError, r"rule '\.\*' matches nothing.*'mlp' is quantized already"):
+            quantize({"mlp": once["mlp"]}, W4)
+        with self.assertRaisesRegex(RuleError, "rule 'mlp' matches nothing: 'mlp' is quantized already"):
+            quantize(once, {"mlp": W4}, NET, (IDS,))
+
+    @parameterized.parameters(dict(axis=(0, 1)), dict(axis=(1,), stacked=()), dict())
+    def test_a_convolution_that_a_rule_names_is_an_error_without_a_model_too(self, **told):
+        with self.assertRaisesRegex(
+            QuantizeError, r"^conv/kernel: shape \(3, 64, 64\) is a convolution's, by its name"
+        ):
+            quantize(PARAMS, [Rule("conv|mlp", W4, **told)])
+
+    def test_axes_of_everything_are_not_a_convolutions(self):
+        got = quantize({name: PARAMS[name] for name in ("conv", "split")}, Rule(".*", W4, axis=(0,)))
+        self.assertEqual(quantized(got), {"split/kernel"})
+
+    def test_stacked_matrices_may_be_called_what_they_like(self):
+        got = quantize({"conv_in": {"kernel": jnp.ones((3, 64, 8))}}, Rule("conv_in", W4, axis=(1,), stacked=(0,)))
+        self.assertEqual(quantized(got), {"conv_in/kernel"})
+
     def test_a_rank_that_nobody_explained_is_an_error_where_a_rule_names_it(self):
         with self.assertRaisesRegex(QuantizeError, r"^split/kernel: shape \(64, 4, 16\) .* give axis= and stacked="):
             quantize(PARAMS, {"split": W4})
+
+    def test_shapes_are_no_weights(self):
+        shapes = jax.eval_shape(lambda: PARAMS)
+        for rules, options in ((W4, {}), ({"split": W4}, dict(model=NET, inputs=(IDS,)))):
+            with self.assertRaisesRegex(QuantizeError, "ShapeDtypeStruct.* is a shape and no array; .* jax.eval_shape"):
+                quantize(shapes, rules, **options)
+        with self.assertRaisesRegex(QuantizeError, "^kernel: .* is a shape and no array"):
+            quantize_array(shapes["mlp"]["kernel"], W4)
 
     def test_integers_are_no_weights(self):
         with self.assertRaisesRegex(QuantizeError, "^a/kernel: dtype int32 cannot be quantized"):
@@ -196,6 +239,15 @@ class ErrorTest(parameterized.TestCase):
     def test_arguments_that_do_not_go_together(self, options, message):
         with self.assertRaisesRegex(QuantizeError, message):
             quantize(PARAMS, W4, **options)
+
+    def test_where_there_are_convolutions_only_the_error_says_so(self):
+        with self.assertRaisesRegex(RuleError, "matches nothing: 'conv' is a convolution, by its name$"):
+            quantize({"conv": PARAMS["conv"]}, W4)
+
+    def test_an_nnx_state_belongs_to_a_module(self):
+        state = nnx.state(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+        with self.assertRaisesRegex(QuantizeError, "params is an nnx State; .* by qjax.nnx.quantize"):
+            quantize(state, W4)
 
     def test_params_are_a_mapping(self):
         with self.assertRaisesRegex(QuantizeError, "params is a list"):

@@ -91,8 +91,16 @@ class ErrorTest(parameterized.TestCase):
             qjax.matmul(**{"x": SMALL.x(), "w": SMALL.qtensor(), **given})
 
     def test_a_plain_array_is_no_weight(self):
+        with self.assertRaisesRegex(QTensorError, r"^x is a QTensor\(.*; the weight comes second: matmul\(x, w\)"):
+            qjax.matmul(SMALL.qtensor(), SMALL.x())
         with self.assertRaisesRegex(QTensorError, "multiplies by a QTensor"):
             qjax.matmul(SMALL.x(), jnp.ones((256, 4)))
+
+    def test_a_cast_of_the_whole_tree_is_noticed(self):
+        for scheme, codes in (("w4a16", "uint32"), ("w8a16", "int8"), ("fp8", "float8_e4m3fn")):
+            w = jax.tree.map(lambda a: a.astype(jnp.bfloat16), qjax.quantize_array(SMALL.kernel(), scheme))
+            with self.assertRaisesRegex(QTensorError, f"weight are bfloat16; they have to stay {codes}: cast floats"):
+                qjax.matmul(SMALL.x(), w)
 
     def test_a_static_scale_has_to_be_there(self):
         w = qjax.quantize_array(SMALL.kernel(), "w8a8_int8:mode=static")

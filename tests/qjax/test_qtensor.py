@@ -31,7 +31,8 @@ BYTES = {
     "w4a16:group_size=16,symmetric=false": 3072 + 24 * 16 * 2 + 24 * 16,
     "w4a16:group_size=-1": 3072 + 24 * 4,
     "w4a16:group_size=64,scale_dtype=bfloat16": 3072 + 24 * 4 * 2,
-    "w3a16:group_size=32": 2304 + 24 * 8 * 2,
+    "w3a16:group_size=32": 2304 + 24 * 8 * 2 + 24 * 8,
+    "w3a16:symmetric=true": 2304 + 24 * 2 * 2,
     "w2a16": 1536 + 24 * 4 * 2 + 24 * 4,
     "fp8": 6144 + 24 * 4,
     "fp8:granularity=tensor": 6144 + 4,
@@ -243,6 +244,8 @@ WRONG = {
     "act scale": ("w8a8_int8:mode=static", dict(act_scale=jnp.ones((N,))), r"act_scale has shape \(24,\)"),
     "in shape": ("w4a16", dict(in_shape=(16, 15)), r"in_shape=\(16, 15\), .* do not multiply to K=256, N=24"),
     "out shape": ("w4a16", dict(out_shape=(4, 5)), r"out_shape=\(4, 5\) do not multiply"),
+    "axes": ("w4a16", dict(axes=(0, 0)), r"axes=\(0, 0\) is no order of the 2 axes"),
+    "too few axes": ("w4a16", dict(axes=(0, 1), out_shape=(4, 6)), r"axes=\(0, 1\) is no order of the 3 axes"),
 }
 
 

@@ -179,7 +179,7 @@ class FormulaTest(parameterized.TestCase):
         if not symmetric:
             np.testing.assert_array_equal(np.asarray(q.zero_point), want[2])
 
-    @parameterized.parameters("w8a16", "w4a16:group_size=-1", "w8a16:group_size=tensor", "w3a16:group_size=128")
+    @parameterized.parameters("w8a16", "w4a16:group_size=-1", "w8a16:group_size=tensor", "w3a16:symmetric=true")
     def test_a_weight_half_way_between_two_codes_goes_to_the_even_one(self, text):
         form = parse_scheme(text).format
         w = (np.random.default_rng(0).integers(-form.maximum, form.maximum, (256, 64)) + 0.5).astype(F32)
@@ -390,7 +390,7 @@ class EdgeTest(parameterized.TestCase):
         huge = quantize(w * F32(1e9))
         assert np.all(np.isfinite(np.asarray(huge.scale, F32)))
 
-    @parameterized.parameters("w4a16:group_size=64", "nf4", "mxfp4", "nvfp4", "w3a16:group_size=32,symmetric=false")
+    @parameterized.parameters("w4a16:group_size=64", "nf4", "mxfp4", "nvfp4", "w3a16:group_size=32")
     def test_a_short_last_group_is_quantized_on_its_own(self, text):
         w = kernel(200, 5)
         q = quantize_array(w, text, partial_groups=True)

@@ -4,7 +4,7 @@ import pytest
 from absl.testing import parameterized
 
 from qjax.errors import RuleError, SchemeError
-from qjax.rules import Rule, RuleUse, as_rules, is_head, match, parse_rules
+from qjax.rules import Rule, RuleUse, as_rules, is_convolution, is_head, match, parse_rules
 from qjax.schemes import NF4, W4A16, W8A16
 
 W4, W8 = W4A16(), W8A16()
@@ -90,7 +90,8 @@ class RuleUseTest(parameterized.TestCase):
         use = RuleUse(as_rules([("dec.*", W4), (".*", W8)]))
         for path in ("enc/a", "enc/b"):
             use.match(path)
-        with self.assertRaisesRegex(RuleError, r"rule 'dec\.\*' matches nothing; .*'enc/a', 'enc/b'"):
+        message = r"rule 'dec\.\*' matches nothing: it has to match all of a path, and layers .* are 'enc/a', 'enc/b'"
+        with self.assertRaisesRegex(RuleError, message):
             use.check()
 
     def test_a_rule_whose_layers_an_earlier_one_takes_is_told_so(self):
@@ -103,6 +104,34 @@ class RuleUseTest(parameterized.TestCase):
         use = RuleUse(as_rules(W4))
         use.match("lm_head")
         with self.assertRaisesRegex(RuleError, "lm_head are heads or embeddings, which a rule has to name"):
+            use.check()
+
+    def test_a_layer_that_is_passed_over_is_named_with_the_reason(self):
+        use = RuleUse(as_rules([("norm|a", W4)]))
+        use.pass_over("norm")
+        use.pass_over("a", "is quantized already")
+        use.match("b")
+        with self.assertRaisesRegex(
+            RuleError, "'norm' is no layer that can be quantized, 'a' is quantized already; .*'b'"
+        ):
+            use.check()
+
+    @parameterized.parameters("Conv_0", "a/ConvTranspose_1", "ConvLocal_0", "conv", "conv1", "stem_conv", "conv2d_1")
+    def test_a_convolution_is_known_by_its_name(self, path):
+        self.assertTrue(is_convolution(path))
+
+    @parameterized.parameters("converter", "convolve", "conv/proj", "unconv", "mlp")
+    def test_other_names_are_no_convolutions(self, path):
+        self.assertFalse(is_convolution(path))
+
+    def test_everything_is_no_rule_before_itself(self):
+        use = RuleUse(as_rules(W4))
+        use.match("embed", "embedding")
+        use.match("lm_head")
+        use.pass_over("up", "is quantized already")
+        use.pass_over("norm")
+        message = "matches nothing: 'up' is quantized already; embed, lm_head are heads or embeddings, [a-z ]+$"
+        with self.assertRaisesRegex(RuleError, message):
             use.check()
 
     def test_none_may_be_said_of_layers_that_are_never_quantized(self):

@@ -35,6 +35,8 @@ SPELLED = {
         True,
     ),
     "w8a16:group_size=128": ("w8a16:group_size=128", "int8", (1, 128), "float16", True),
+    "w3a16": ("w3a16:group_size=128", "int3", (1, 128), "float16", False),
+    "w3a16:symmetric=true": ("w3a16:group_size=128,symmetric=true", "int3", (1, 128), "float16", True),
     "w2a16": ("w2a16:group_size=64", "int2", (1, 64), "float16", False),
     "w6a16:scale_dtype=float32": (
         "w6a16:group_size=128,scale_dtype=float32",
@@ -141,8 +143,10 @@ class TextTest(parameterized.TestCase):
             parse_scheme(text)
 
     def test_only_schemes_and_their_strings_are_taken(self):
-        with pytest.raises(SchemeError, match="got int"):
+        with pytest.raises(SchemeError, match="got 4$"):
             as_scheme(4)
+        with pytest.raises(SchemeError, match="got <function W4A16 at .*>; call it"):
+            as_scheme(schemes.W4A16)
 
 
 class DictTest(parameterized.TestCase):

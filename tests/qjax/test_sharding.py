@@ -1,5 +1,6 @@
 """Products over 8 devices: equal to one device's, on Auto and Explicit meshes, and what moves between devices."""
 
+import dataclasses
 import re
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax.errors import ShardingError
+from qjax.flax_kernel import KernelUse, quantize_kernel
 
 K, N, M = 1024, 512, 16
 KERNEL = jax.random.normal(jax.random.key(0), (K, N)) * 0.02
@@ -29,7 +31,14 @@ LAYOUTS = {
     "both": (P("d", "t"), P("d", None)),
     "data": (P(None, None), P(("d", "t"), None)),
 }
-SCHEMES = ("w4a16", "w4a16:symmetric=false", "w8a8_int8", "nf4:double_quant=true", "nvfp4", "fp8:granularity=block")
+SCHEMES = (
+    "w4a16",
+    "w4a16:symmetric=false",
+    "w8a8_int8",
+    "nf4:double_quant=true",
+    "nvfp4",
+    "w8a8_fp8:granularity=block,activation=block",
+)
 
 
 def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
@@ -78,6 +87,37 @@ def test_fsdp_moves_codes_where_they_weigh_less_than_x(kind: AxisType):
     assert not {size for _, dtype, size in moved if dtype == "f32"} & {4096 * K, K * N}, moved
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
+@pytest.mark.parametrize("layout", ["columns", "rows", "fsdp k", "both"])
+@pytest.mark.parametrize("scheme", ["w4a16:symmetric=false", "nf4:double_quant=true", "nvfp4", "fp8:granularity=block"])
+def test_a_kernel_is_dequantized_where_its_codes_lie(scheme: str, layout: str, kind: AxisType):
+    mesh, (spec, _) = mesh_of(kind), LAYOUTS[layout]
+    w = qjax.quantize_array(KERNEL, scheme)
+    placed = qjax.sharding.shard(w, mesh, spec)
+    for run in (qjax.QTensor.dequantize, jax.jit(qjax.QTensor.dequantize)):
+        kernel = run(placed)
+        np.testing.assert_allclose(kernel, w.dequantize(), rtol=1e-6)
+        assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2), kernel.sharding
+
+
+def test_on_an_explicit_mesh_a_kernel_of_many_axes_is_dequantized_in_its_own_order():
+    mesh = mesh_of(AxisType.Explicit)
+    kernel = jax.random.normal(jax.random.key(2), (3, 8, 16, 256))  # layers, heads, features of a head, K
+    w = quantize_kernel(kernel, "w4a16:group_size=32", KernelUse((3,), stacked=(0,)), k_pieces=4)
+    got = qjax.sharding.shard(w, mesh, P(None, "d", None, "t")).dequantize()
+    np.testing.assert_array_equal(got, w.dequantize())
+    assert got.sharding.spec == P(None, "d", None, "t")
+
+
+def test_on_an_explicit_mesh_an_axis_of_k_that_does_not_divide_is_whole():
+    mesh = mesh_of(AxisType.Explicit)
+    kernel = jax.random.normal(jax.random.key(2), (2, 128, 64))  # K is two axes, and four devices have a quarter each
+    w = quantize_kernel(kernel, "w4a16:group_size=32", KernelUse((0, 1)), k_pieces=4)
+    got = qjax.sharding.shard(w, mesh, P("t", None, "d")).dequantize()
+    np.testing.assert_array_equal(got, w.dequantize())
+    assert got.sharding.spec == P(None, None, "d")
+
+
 def test_specs_are_those_of_the_kernel_turned():
     mesh, w = mesh_of(AxisType.Auto), qjax.quantize_array(KERNEL, "w4a16:symmetric=false")
     specs = qjax.sharding.specs(w, P("t", "d"), mesh)
@@ -112,6 +152,20 @@ def test_on_an_explicit_mesh_a_cut_group_is_found_at_trace():
     cut = qjax.QTensor(packed, scale, scheme=w.scheme, k_piece=w.k_piece)
     with pytest.raises(ShardingError, match="cuts scale groups of 512"):
         jax.jit(qjax.matmul)(jax.device_put(X, NamedSharding(mesh, P(None, None))), cut)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
+def test_outside_of_jit_a_cut_group_names_the_weight(kind: AxisType):
+    mesh = mesh_of(kind)
+    w = qjax.quantize_array(jnp.ones((1024, 64)), "w4a16:group_size=512")
+    places = NamedSharding(mesh, P(None, "t", None)), NamedSharding(mesh, P(None, None))
+    by_hand = dict(packed=jax.device_put(w.packed, places[0]), scale=jax.device_put(w.scale, places[1]))
+    message = r"^a weight of shape \(1024, 64\): K=1024 over mesh axes \('t',\) of 4 devices: a shard of 256 cuts scale"
+    with pytest.raises(ShardingError, match=message):
+        qjax.matmul(jax.device_put(X, places[1]), dataclasses.replace(w, **by_hand))
+    if kind == AxisType.Auto:  # x anywhere
+        with pytest.raises(ShardingError, match=message):
+            qjax.matmul(X, dataclasses.replace(w, **by_hand))
 
 
 def test_pieces_let_an_awkward_k_be_cut():

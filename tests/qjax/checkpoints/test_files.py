@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from qjax.checkpoints import CheckpointFiles
 from qjax.checkpoints.files import DTYPES, INDEX, SINGLE, read_header
 from qjax.errors import CheckpointError
 
+PYLM = Path(__file__).parents[3] / "examples" / "pylm-4m"
 ROWS = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
 
 
@@ -228,3 +230,27 @@ class FolderTest(parameterized.TestCase):
         files = CheckpointFiles.open(self.folder)
         self.assertEqual(files.json("generation_config.json"), {"eos_token_id": 7})
         self.assertIsNone(files.json("quantize_config.json"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_link_that_leads_nowhere_or_to_itself_is_named(name: str, target: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(PYLM, tmp_path / "copy"))
+    (folder / name).unlink()
+    (folder / name).symlink_to(name if target == "itself" else target)
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read: .*\(a symbolic link to '"):
+        CheckpointFiles.open(folder)
+
+
+def test_links_to_files_elsewhere_are_followed(tmp_path: Path) -> None:
+    for file in PYLM.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    assert CheckpointFiles.open(tmp_path).names() == CheckpointFiles.open(PYLM).names()
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(PYLM, tmp_path / "copy"))
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a regular file"):
+        CheckpointFiles.open(folder)

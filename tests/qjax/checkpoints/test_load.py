@@ -153,8 +153,8 @@ def test_only_a_model_whose_tensors_have_names_can_be_saved(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "quip"}, "quant_method='quip'; known: .*qjax"),
-        ({"bits": 4}, "quant_method=None; known: .*qjax"),
+        ({"quant_method": "quip"}, "quant_method='quip'; expected one of .*qjax"),
+        ({"bits": 4}, "key 'quant_method' is missing; expected one of .*qjax"),
         ([], "quantization_config is list; expected an object"),
     ],
     ids=str,
@@ -252,3 +252,15 @@ def test_a_mesh_that_cuts_a_group_names_the_layer(int4_folder: Path) -> None:
     mesh = jax.make_mesh((4,), ("fsdp",), (jax.sharding.AxisType.Auto,))
     with pytest.raises(ShardingError, match=r"mlp\.\w+_proj.weight"):
         load(int4_folder, mesh=mesh)
+
+
+@pytest.mark.parametrize(("axis", "warnings"), [("batch", 1), ("model", 0)])
+def test_a_mesh_that_cuts_no_weight_is_warned_of(axis: str, warnings: int, caplog: pytest.LogCaptureFixture) -> None:
+    mesh = jax.make_mesh((2,), (axis,), (jax.sharding.AxisType.Auto,))
+    with caplog.at_level("WARNING", logger="absl"):
+        load(PYLM, mesh=mesh)
+    found = [record.getMessage() for record in caplog.records if "over which weights are cut" in record.getMessage()]
+    assert found == warnings * [
+        "the mesh has axes batch and none of fsdp, model, over which weights are cut: each of its 2 devices gets all of "
+        "them"
+    ]

@@ -14,6 +14,7 @@ from absl.testing import parameterized
 
 from qjax.checkpoints import CheckpointFiles, write_folder
 from qjax.checkpoints.files import DTYPES
+from qjax.checkpoints.write import check_target
 from qjax.errors import CheckpointError
 
 OLD, NEW = {"x": np.float32([1, 2])}, {"x": np.float32([3, 4, 5])}
@@ -98,6 +99,15 @@ class WriteTest(parameterized.TestCase):
         self.folder.write_text("a file")
         with self.assertRaisesRegex(CheckpointError, "exists and is not a folder"):
             write_folder(self.folder, tensors=NEW, config={}, overwrite=True)
+
+    @parameterized.parameters("model", "model/inner", "link")
+    def test_a_folder_that_is_read_or_holds_one_that_is_read_is_not_to_be_replaced(self, source):
+        write_folder(self.folder, tensors=OLD, config={})
+        (self.folder / "inner").mkdir()
+        (self.parent / "link").symlink_to(self.folder)
+        with self.assertRaisesRegex(CheckpointError, f"/model: would replace .*{source}, which is read for it"):
+            check_target(self.folder, source=self.parent / source, overwrite=True)
+        check_target(self.folder, source=self.parent / "model-2", overwrite=True)
 
     def test_a_folder_may_be_overwritten_with_its_own_mapped_tensors(self):
         write_folder(self.folder, tensors=OLD, config={})

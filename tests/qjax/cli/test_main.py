@@ -64,7 +64,17 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert all(name in out for name in COMMANDS)
-    assert set(COMMANDS) == {"quantize", "generate", "perplexity", "explain", "devices"}
+    assert set(COMMANDS) == {
+        "quantize",
+        "convert",
+        "generate",
+        "perplexity",
+        "explain",
+        "devices",
+        "roofline",
+        "bench",
+        "tune",
+    }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -87,7 +97,8 @@ ERRORS: list[tuple[list[str], str]] = [
     (["quantize", "{pylm}", "{tmp}/out"], "give --scheme S, --rules FILE or both"),
     (["quantize", "{pylm}", "{tmp}/out", "--scheme", "w4a16:size=3"], "w4a16: unknown option 'size'"),
     (["quantize", "{pylm}", "{tmp}/out", "--scheme", "w4a16:group_size=96"], "group_size=96 does not divide K=256"),
-    (["quantize", "{pylm}", "{pylm}", "--scheme", "w4a16"], "pylm-4m: exists; choose another folder or --overwrite"),
+    (["quantize", "{pylm}", "{pylm}", "--scheme", "w4a16"], "pylm-4m: would replace {pylm}, which is read for it"),
+    (["quantize", "{pylm}", "{pylm}", "--scheme", "w4a16", "--overwrite"], "would replace {pylm}, which is read"),
     (["quantize", "{pylm}", "{tmp}/out", "--rules", "{tmp}/none"], "No such file"),
     (["perplexity", "{pylm}", "--text", "{tmp}/none"], "No such file"),
     (["perplexity", "{pylm}", "--text", "{pylm}/config.json", "--tokenizer", "{tmp}"], "tokenizer.json: no such file"),
@@ -103,7 +114,7 @@ ERRORS: list[tuple[list[str], str]] = [
 def test_an_error_is_one_line_and_a_status(
     argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in fail(capsys, *(arg.format(pylm=PYLM, tmp=tmp_path) for arg in argv))
+    assert message.format(pylm=PYLM) in fail(capsys, *(arg.format(pylm=PYLM, tmp=tmp_path) for arg in argv))
     assert not (tmp_path / "out").exists()
 
 
@@ -164,6 +175,30 @@ def test_overwrite_replaces_a_checkpoint_but_no_other_folder(
     assert {str(layer.kernel.scheme) for layer in layers(load(out))} == {"w8a16"}
     (out / "config.json").unlink()
     assert "not a checkpoint" in fail(capsys, "quantize", PYLM, out, "--scheme", "w8a16", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("notes", ["--overwrite"], "notes: not overwritten: it has no config.json, so it is not a checkpoint"),
+        ("notes", [], "notes: exists; choose another folder or allow to overwrite it (--overwrite)"),
+        ("file", ["--overwrite"], "file: exists and is not a folder"),
+        ("file/out", [], "file is no folder that can be written to"),
+    ],
+)
+def test_the_place_for_the_result_is_looked_at_before_the_work(
+    out: str,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("qjax.cli.quantize.load", lambda *_: pytest.fail("the work has begun"))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("Dear diary")
+    (tmp_path / "file").write_text("")
+    assert message in fail(capsys, "quantize", PYLM, tmp_path / out, "--scheme", "w4a16", *options)
 
 
 def test_perplexity_as_json_of_a_dense_model(text: Path, capsys: pytest.CaptureFixture[str]) -> None:

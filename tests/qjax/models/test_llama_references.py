@@ -52,6 +52,17 @@ class ReferenceTest(parameterized.TestCase):
             logits = forward(model, ARRAYS[f"{case}/ids{length}"])
             np.testing.assert_allclose(shown(logits), ARRAYS[f"{case}/logits{length}"], atol=1e-4, rtol=0)
 
+    @parameterized.parameters("gemma3", "gemma3_types")
+    def test_an_older_gemma_states_the_base_of_its_local_layers_apart(self, case):
+        config = dict(CASES[case]["config"])
+        turns = config.pop("rope_parameters")
+        config["rope_theta"] = turns["full_attention"]["rope_theta"]
+        config["rope_local_base_freq"] = turns["sliding_attention"]["rope_theta"]
+        if case == "gemma3":
+            del config["layer_types"]  # every sixth layer sees all
+        logits = forward(self.load(case, config), ARRAYS[f"{case}/ids40"])
+        np.testing.assert_allclose(shown(logits), ARRAYS[f"{case}/logits40"], atol=1e-4, rtol=0)
+
     @parameterized.parameters("llama_llama3", "llama_yarn_mscale", "llama_dynamic")
     def test_an_older_config_states_the_same_scaling_in_rope_scaling(self, case):
         config = dict(CASES[case]["config"])

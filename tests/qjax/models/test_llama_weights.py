@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import qjax.nnx
 from qjax.checkpoints import CheckpointFiles, write_folder
+from qjax.checkpoints.load import load
+from qjax.checkpoints.save import save
 from qjax.errors import CheckpointError, ShardingError
 from qjax.models import LayerWeights, dense_reader, load_llama
 from qjax.nnx import QEmbed, QLinear
@@ -199,6 +203,21 @@ class LoadTest(parameterized.TestCase):
         forward = nnx.jit(lambda model, ids: model(ids))
         ids = jnp.arange(8)[None]
         np.testing.assert_allclose(forward(model, ids), forward(oracle, ids), rtol=1e-4, atol=1e-3)
+
+    @parameterized.parameters(AxisType.Auto, AxisType.Explicit)
+    def test_a_mesh_cuts_the_bias_of_a_quantized_layer_as_its_outputs_are(self, kind):
+        model = load_llama(self.files(), dtype=jnp.float32)
+        qjax.nnx.quantize(model, "w8a16")
+        saved = self.folder.with_name("quantized")
+        save(model, saved, source=self.folder)
+        mesh = jax.make_mesh((2, 2), ("fsdp", "model"), axis_types=(kind,) * 2)
+        cut = load(saved, mesh=mesh, dtype="float32")
+        q_proj = cut.layers[0].self_attn.q_proj
+        self.assertEqual(q_proj.kernel.get_value().packed.sharding.spec, PartitionSpec("model", "fsdp"))
+        self.assertEqual(q_proj.bias.get_value().sharding, NamedSharding(mesh, PartitionSpec("model")))
+        forward = nnx.jit(lambda model, ids: model(ids))
+        ids = jnp.arange(8)[None]
+        np.testing.assert_allclose(forward(cut, ids), forward(model, ids), rtol=1e-4, atol=1e-3)
 
     def test_a_qtensor_of_the_wrong_shape_is_named_with_both(self):
         files = self.files()

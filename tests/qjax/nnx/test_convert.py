@@ -105,6 +105,20 @@ class QuantizeTest(parameterized.TestCase):
         with pytest.raises(RuleError, match="matches nothing"):
             quantize(quantize(model, W4), W4)
 
+    def test_what_is_quantized_already_is_named(self) -> None:
+        model = quantize(Nested(nnx.Rngs(0)), {"blocks/0": W4})
+        with pytest.raises(RuleError, match="matches nothing: 'blocks/0' is quantized already; "):
+            quantize(model, {"blocks/0": W4})
+        with pytest.raises(RuleError, match="matches nothing: 'conv' is no layer that can be quantized; "):
+            quantize(model, {"conv": W4})
+
+    def test_a_module_of_subclasses_alone_is_told_why_nothing_matches(self) -> None:
+        class Special(nnx.Linear):
+            pass
+
+        with pytest.raises(RuleError, match="matches nothing: 'layers/0' is a Special, a subclass, which may do more"):
+            quantize(nnx.Sequential(Special(SIZE, SIZE, rngs=nnx.Rngs(0))), W4)
+
     def test_errors_name_the_path(self) -> None:
         model = nnx.Dict(up=nnx.Linear(96, 8, rngs=nnx.Rngs(0)))
         with pytest.raises(QuantizeError, match="up/kernel: group_size=64 does not divide K=96"):

@@ -1,0 +1,120 @@
+"""How fast is a product with quantized weights? Every scheme, size and backend, beside bfloat16 in the same run.
+
+    python benchmarks/gemm.py --commit REVISION            writes results/gemm-<device>.json, the most important first
+    python benchmarks/gemm.py --draw results/gemm-h200.json    draws a file, on any machine: results/gemm-h200.png
+
+Stops in time (`--budget`), and goes on where the file stopped when it is run again. docs/benchmarks.md says how it is
+measured.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from qjax import devices
+from qjax.bench.cases import (
+    BACKENDS,
+    ROWS,
+    SCHEMES,
+    SHAPES,
+    Case,
+    cases_of,
+    parse_backends,
+    parse_rows,
+    parse_schemes,
+    parse_shapes,
+)
+from qjax.bench.gemm import bench_gemm
+from qjax.bench.machine import describe_machine, revision
+from qjax.bench.predict import predict
+from qjax.bench.programs import FULL, QUICK
+from qjax.bench.records import Record, Results, read
+from qjax.dispatch.tuning import file_name
+
+RESULTS = Path(__file__).parent / "results"
+
+MAIN_SCHEMES = "w4a16,w8a16,nf4,w8a8_int8"
+MAIN_SHAPES = "22016x4096,8192x8192,4096x4096"
+MAIN_ROWS = "1,16,64,2048"
+MORE_SCHEMES = "w4a16:group_size=32,w4a16:symmetric=false,w4a16:group_size=-1,fp4"
+
+# Schemes, rows and shapes, the most important first; what a later stage has in common with an earlier one is done.
+STAGES = (
+    (MAIN_SCHEMES, MAIN_ROWS, MAIN_SHAPES),
+    (SCHEMES, MAIN_ROWS, MAIN_SHAPES),
+    (MAIN_SCHEMES, ROWS, SHAPES),
+    (SCHEMES, ROWS, SHAPES),
+    (MORE_SCHEMES, MAIN_ROWS, MAIN_SHAPES),
+)
+
+
+def stages() -> list[Case]:
+    """The cases of all stages, each once."""
+    backends = parse_backends(BACKENDS)
+    found: dict[Case, None] = {}
+    for schemes, rows, shapes in STAGES:
+        found |= dict.fromkeys(cases_of(parse_schemes(schemes), backends, parse_rows(rows), parse_shapes(shapes)))
+    return list(found)
+
+
+def tell(record: Record) -> None:
+    """A line for each record as it comes."""
+    size = f"{record['n']}x{record['k']} m={record['m']}"
+    kernel = "-" if record["kernel_us"] is None else f"{record['kernel_us']:.1f}"
+    print(
+        f"{size:20} {record['scheme']:28} {record['backend']:8} {record['route']:24} "
+        f"{record['us']:9.1f} us ({kernel} in kernels)  bf16 {record['bf16_us']:8.1f} us  {record['speedup']:5.2f}x  "
+        f"error {record['err_ratio']:.2f}",
+        flush=True,
+    )
+
+
+def draw(path: Path) -> Path:
+    """The main schemes and shapes of a file, as dispatch chooses kernels, and what the roofline expects of them."""
+    from qjax.bench.plot import plot_speedups
+
+    document = read(path)
+    device = devices.find_device(document["machine"]["device"])
+    schemes, shapes = parse_schemes(MAIN_SCHEMES), parse_shapes(MAIN_SHAPES)
+    expected = [predict(device, s, m, n, k) for n, k in shapes for s in schemes for m in parse_rows(ROWS)]
+    names = {str(scheme) for scheme in schemes}
+    records: list[dict[str, Any]] = [
+        record
+        for record in document["records"]
+        if record["backend"] == "auto" and record["scheme"] in names and (record["n"], record["k"]) in shapes
+    ]
+    out = path.with_suffix(".png")
+    plot_speedups(records, expected, title=f"y = x @ w on {device.name}").savefig(out, dpi=150)
+    return out
+
+
+def main() -> None:
+    """Measures, or draws."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="default: results/gemm-<device>.json")
+    parser.add_argument("--budget", type=float, default=450.0, help="seconds; default: %(default)g")
+    parser.add_argument("--commit", help="the revision to record; default: git's")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="draw FILE instead of measuring")
+    args = parser.parse_args()
+    if args.draw is not None:
+        print(draw(args.draw))
+        return
+    logging.set_verbosity(logging.INFO)
+    started = time.monotonic()
+    path = args.json or RESULTS / file_name(f"gemm-{devices.current().name}")
+    results = Results(path, describe_machine(), args.commit or revision())
+    print(results.header, flush=True)
+    cases = stages()
+    left = args.budget - (time.monotonic() - started)
+    bench_gemm(cases, results, effort=QUICK if args.quick else FULL, budget=left, report=tell)
+    missing = [case for case in cases if case.key not in results]
+    failed = len(results.failures)
+    print(f"{path}: {len(cases) - len(missing)} of {len(cases)} records, {failed} that a backend cannot make")
+
+
+if __name__ == "__main__":
+    main()

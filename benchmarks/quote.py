@@ -1,0 +1,129 @@
+"""What do the pages say that was measured? Writes tables of `results/gemm-*.json` into the pages that quote them.
+
+    python -m benchmarks.quote            rewrites every block of README.md and docs/ that has results
+    python -m benchmarks.quote --check    changes nothing; exits with 1 where a page says something else
+
+A block is what lies between `<!-- quote NAME FILE -->` and `<!-- end of quote -->`, NAME being a key of `TABLES`. Where
+FILE is not there yet the block stays as it is.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gemm import MAIN_ROWS, MAIN_SHAPES
+from qjax.bench.cases import ROWS, SCHEMES, parse_rows, parse_schemes, parse_shapes
+from qjax.bench.records import read
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- quote ([\w-]+) ([\w.-]+) -->\n).*?(<!-- end of quote -->)", re.DOTALL)
+
+type Records = Sequence[dict[str, Any]]
+
+
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    rows = [heads, ["---", *("--:" for _ in heads[1:])], *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def cell(records: Records, **wanted: Any) -> str:
+    """`20.1 us, 2.31x` of the record that is asked for, or `-` where there is none."""
+    found = [r for r in records if all(r[name] == value for name, value in wanted.items())]
+    return f"{found[0]['us']:.1f} us, {found[0]['speedup']:.2f}x" if found else "-"
+
+
+def by_shape(records: Records) -> str:
+    """int4 in groups of 128, as dispatch chooses kernels: rows of x by shapes of the weight."""
+    (scheme,) = parse_schemes("w4a16")
+    shapes = parse_shapes(MAIN_SHAPES)
+    lines = [
+        [str(m), *(cell(records, scheme=str(scheme), backend="auto", m=m, n=n, k=k) for n, k in shapes)]
+        for m in parse_rows(MAIN_ROWS)
+    ]
+    return table(["M", *(f"{n}x{k}" for n, k in shapes)], lines)
+
+
+def _by_scheme(records: Records, backend: str, rows: Iterable[int]) -> str:
+    """Schemes by rows of x, at the first of the main shapes."""
+    (n, k), rows = parse_shapes(MAIN_SHAPES)[0], list(rows)
+    lines = [
+        [f"`{scheme}`", *(cell(records, scheme=str(scheme), backend=backend, m=m, n=n, k=k) for m in rows)]
+        for scheme in parse_schemes(SCHEMES)
+    ]
+    return table([f"{n}x{k}", *(f"M = {m}" for m in rows)], lines)
+
+
+def by_scheme(records: Records) -> str:
+    """Every scheme, as dispatch chooses kernels."""
+    return _by_scheme(records, "auto", parse_rows(MAIN_ROWS))
+
+
+def triton(records: Records) -> str:
+    """Every scheme on the Triton kernels, whichever kernel dispatch would choose."""
+    return _by_scheme(records, "triton", parse_rows(ROWS))
+
+
+TABLES: dict[str, Callable[[Records], str]] = {"by-shape": by_shape, "by-scheme": by_scheme, "triton": triton}
+
+
+PICTURED = "by-shape"  # the table with the plot that `gemm.py --draw` makes below it
+
+
+def source(document: dict[str, Any], file: Path, folder: Path) -> str:
+    """Where a table is from, with a link from the folder of the page."""
+    machine, link = document["machine"], os.path.relpath(file, folder)
+    return (
+        f"\nNVIDIA {machine['device']}, jax {machine['jax']}, revision {document['commit']}: [{file.name}]({link}).\n"
+    )
+
+
+def picture(file: Path, folder: Path) -> str:
+    """The plot beside a file of results, if there is one."""
+    plot = file.with_suffix(".png")
+    link = os.path.relpath(plot, folder)
+    return f"\n![speedup over bfloat16 against rows of x, measured and predicted]({link})\n" if plot.is_file() else ""
+
+
+def quoted(text: str, folder: Path, results: Path = RESULTS) -> str:
+    """The text of a page that lies in `folder`, with every block made from what `results` has."""
+
+    def block(found: re.Match[str]) -> str:
+        begin, name, file, end = found.groups()
+        path = results / file
+        if not path.is_file():
+            return found[0]
+        document = read(path)
+        below = source(document, path, folder) + (picture(path, folder) if name == PICTURED else "")
+        return f"{begin}{TABLES[name](document['records'])}{below}{end}"
+
+    return BLOCK.sub(block, text)
+
+
+def pages() -> list[Path]:
+    """The pages that may quote."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main() -> None:
+    """Rewrites the pages, or checks them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args().check
+    old = {page: page.read_text(encoding="utf-8") for page in pages()}
+    differing = {page: new for page, text in old.items() if (new := quoted(text, page.parent)) != text}
+    for page, new in differing.items():
+        print(f"{page.relative_to(ROOT)}: {'says something else' if check else 'rewritten'}")
+        if not check:
+            page.write_text(new, encoding="utf-8")
+    if check and differing:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Kernels in plain JAX that XLA compiles into one or two fusions, on any GPU that it knows."""

@@ -1,0 +1,118 @@
+"""Integer codes with a scale for each group of K -> QTensor: what GPTQ, AWQ and compressed-tensors have in common.
+
+An act-order index is turned into an order of the inputs: rows of a group become neighbours, and `input_perm` brings x
+into that order. Nothing is rounded: codes, scales and zero points keep their values.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.checkpoints.codes import storage_bits
+from qjax.checkpoints.source import ModuleTensors
+from qjax.errors import CheckpointError
+from qjax.formats import FORMATS
+from qjax.qtensor import QTensor, k_pieces
+from qjax.schemes import SCHEMES, Scheme
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How K is cut into groups.
+
+    Attributes:
+      size: elements of K that share a scale; None is all of them.
+      order: int32 `[K]`, the input that belongs to each stored place; None where they are in order.
+      columns: which of the file's groups each of ours is; None where they are the same.
+    """
+
+    size: int | None
+    order: jax.Array | None = None
+    columns: np.ndarray | None = None
+
+    def of(self, scale: jax.Array) -> jax.Array:
+        """The file's scales or zero points `[N, G]` as one a group of ours."""
+        return scale if self.columns is None else scale[:, self.columns]
+
+
+def group_count(k: int, size: int | None) -> int:
+    """Groups along K."""
+    return 1 if size is None else -(-k // size)
+
+
+def groups_of(tensors: ModuleTensors, suffix: str, k: int, size: int | None) -> Groups:
+    """The groups of K, by the index in the tensor `suffix` (int32 `[K]`) where there is one.
+
+    An index that holds one value where there are more groups is one that the writer left unset. Groups that are not all
+    of `size` after sorting become smaller ones with scales repeated.
+    """
+    count = group_count(k, size)
+    regular = np.arange(k) // (size or k)
+    if suffix not in tensors:
+        return Groups(size)
+    index = tensors.take(suffix, ("int32", "int64"), (k,))
+    if np.array_equal(index, regular) or (index.size and index.min() == index.max() and index[0] in (0, -1)):
+        return Groups(size)
+    bad = np.flatnonzero((index < 0) | (index >= count))
+    if bad.size:
+        at = int(bad[0])
+        raise CheckpointError(
+            f"{tensors.where(suffix)}: value {int(index[at])} at [{at}]; allowed are 0 to {count - 1} "
+            f"(K={k} in groups of {size or k})"
+        )
+    order = np.argsort(index, kind="stable").astype(np.int32)
+    ordered = index[order]
+    unmoved = None if np.array_equal(order, np.arange(k)) else jnp.asarray(order)
+    if np.array_equal(ordered, regular):
+        return Groups(size, unmoved)
+    starts = np.flatnonzero(np.diff(ordered)) + 1
+    smaller = math.gcd(k, *starts.tolist())
+    return Groups(smaller, unmoved, ordered[::smaller].astype(np.int32))
+
+
+def int_scheme(bits: int, size: int | None, *, symmetric: bool, scale_dtype: str) -> Scheme:
+    """The weight-only scheme of integers in groups of K."""
+    make = SCHEMES[f"w{storage_bits(bits)}a16"]
+    usual = make(group_size=-1 if size is None else size, symmetric=symmetric)
+    if usual.scale_dtype == scale_dtype:
+        return usual
+    return make(group_size=-1 if size is None else size, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+def without_middle(zero_point: jax.Array | None, bits: int) -> jax.Array | None:
+    """Zero points of a symmetric weight: None where all of them are the middle, as they should be."""
+    middle = FORMATS[f"int{storage_bits(bits)}"].zero
+    return None if zero_point is None or bool(jnp.all(zero_point == middle)) else zero_point
+
+
+def int_weight(
+    packed: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    *,
+    bits: int,
+    k: int,
+    groups: Groups,
+) -> QTensor:
+    """A QTensor of integer codes.
+
+    Args:
+      packed: as `codes.to_storage` gives it, in the order of `groups`.
+      scale: `[N, G]` of the file's groups.
+      zero_point: int8, like `scale`, in the domain of stored codes; None is the middle.
+      bits: of the file's codes.
+      k: length of K.
+      groups: of K.
+    """
+    scheme = int_scheme(bits, groups.size, symmetric=zero_point is None, scale_dtype=scale.dtype.name)
+    return QTensor(
+        packed,
+        groups.of(scale),
+        None if zero_point is None else groups.of(zero_point),
+        input_perm=groups.order,
+        scheme=scheme,
+        k_piece=k_pieces(k, storage_bits(bits), 1),
+    )

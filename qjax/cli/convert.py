@@ -1,0 +1,36 @@
+"""`qjax convert IN OUT`: a quantized folder in one format -> the same weights in another."""
+
+import argparse
+import time
+
+from qjax.checkpoints.load import load
+from qjax.checkpoints.save import WRITERS, save
+from qjax.cli.opening import kernel_bytes, scheme_names
+from qjax.cli.tables import show
+from qjax.errors import CheckpointError
+from qjax.explain import layers
+from qjax.qtensor import is_qtensor
+
+HELP = "write a quantized checkpoint in another format, its codes and scales as they are"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """IN OUT --to, --overwrite."""
+    parser.add_argument("folder", metavar="IN", help="a quantized checkpoint folder, in any format that is read")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist")
+    parser.add_argument("--to", choices=tuple(WRITERS), default="qjax", help="the format to write; default: qjax")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint folder")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads, writes, and says what was written."""
+    start = time.perf_counter()
+    model = load(args.folder)
+    quantized = sum(is_qtensor(layer.kernel) for layer in layers(model))
+    if not quantized:
+        raise CheckpointError(f"{args.folder}: nothing in it is quantized; `qjax quantize` does that")
+    save(model, args.out, source=args.folder, format=args.to, overwrite=args.overwrite)
+    row = (args.to, scheme_names(model), str(quantized), f"{kernel_bytes(model):,}")
+    columns = ("format", "scheme", "layers", "bytes", "time")
+    notes = [f"written to {args.out}; bytes are those of the layers' kernels", *model.notes]
+    show(columns, [(*row, f"{time.perf_counter() - start:.1f} s")], right=columns[2:], notes=notes)

@@ -1,0 +1,72 @@
+"""`compile.py --serve` as a child process: the CUDA plugin stays out of this one, and a compiler that crashes fails one
+test instead of all."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from aot.compile import Kernel, Report, Step
+from products import Product
+
+PACKAGES = Path(sys.prefix) / "cuda-compiler"  # `make cuda-compiler`: the plugin apart, so that JAX here stays a CPU's
+_PLUGIN = "jax_cuda13_plugin"
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled, or None."""
+    if (PACKAGES / _PLUGIN).is_dir() or importlib.util.find_spec(_PLUGIN) is not None:
+        return None
+    return f"no CUDA compiler: neither {PACKAGES} nor this environment has {_PLUGIN} (make cuda-compiler)"
+
+
+class Compiler:
+    """Answers one request at a time; starts its child again after a crash."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[str] | None = None
+        self._said = tempfile.TemporaryFile("w+")
+
+    def __call__(self, device: str, product: Product, route: str, config: dict[str, Any]) -> Report:
+        """What compiling gives; a crash is an error of the report too."""
+        child = self._child = self._child or self._start()
+        assert child.stdin is not None and child.stdout is not None
+        request = {"device": device, "product": dataclasses.asdict(product), "route": route, "config": config}
+        try:
+            child.stdin.write(json.dumps(request) + "\n")
+            child.stdin.flush()
+            answer = child.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            return Report(error=f"the compiler exited {self._stop()}: {self._last_words()}", route=route)
+        fields = json.loads(answer)
+        fields["steps"] = tuple(Step(**step) for step in fields["steps"])
+        fields["kernels"] = tuple(Kernel(**kernel) for kernel in fields["kernels"])
+        return Report(**fields)
+
+    def close(self) -> None:
+        """Ends the child."""
+        if self._child is not None:
+            self._stop()
+
+    def _start(self) -> "subprocess.Popen[str]":
+        path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH", "")]))
+        command = [sys.executable, str(Path(__file__).with_name("compile.py")), "--serve"]
+        pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
+        return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""}, text=True, **pipes)
+
+    def _stop(self) -> int:
+        child, self._child = self._child, None
+        assert child is not None and child.stdin is not None
+        child.stdin.close()
+        return child.wait()
+
+    def _last_words(self) -> str:
+        self._said.seek(0)
+        return self._said.read()[-2000:]

@@ -1,0 +1,29 @@
+"""What is measured for the committed results, in which order, and that a file of them can be drawn anywhere."""
+
+from pathlib import Path
+
+from benchmarks import gemm
+from qjax.bench.cases import parse_rows, parse_schemes, parse_shapes
+from qjax.bench.records import KEY, Results
+
+
+def test_the_most_important_sizes_come_first_and_each_case_once() -> None:
+    cases = gemm.stages()
+    assert len(set(cases)) == len(cases)
+    first = cases[: 3 * 4 * 4 * 3]
+    assert {(c.n, c.k) for c in first} == set(parse_shapes(gemm.MAIN_SHAPES))
+    assert {c.m for c in first} == set(parse_rows(gemm.MAIN_ROWS))
+    assert {c.scheme for c in first} == set(parse_schemes(gemm.MAIN_SCHEMES))
+    everything = {(c.scheme, c.m, c.n, c.k) for c in cases}
+    assert {(s, m, *nk) for s in parse_schemes(gemm.SCHEMES) for m in parse_rows(gemm.ROWS)
+            for nk in parse_shapes(gemm.SHAPES)} <= everything  # fmt: skip
+
+
+def test_a_file_is_drawn_without_its_gpu(tmp_path: Path) -> None:
+    machine = {"device": "H200", "jax": "0.11.2", "jaxlib": "0.11.2"}
+    cases = [case for case in gemm.stages()[:60] if case.backend == "auto"]
+    Results(tmp_path / "gemm-h200.json", machine, "abc").add(
+        {**dict(zip(KEY, case.key, strict=True)), "speedup": 1.5} for case in cases
+    )
+    out = gemm.draw(tmp_path / "gemm-h200.json")
+    assert out == tmp_path / "gemm-h200.png" and out.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,75 @@
+"""Pages quote what was measured: their tables are those that `benchmarks/quote.py` makes of the committed results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quote
+
+RECORDS = [  # scheme, backend, m, us, speedup
+    ("w4a16:group_size=128", "auto", 1, 20.04, 2.3),
+    ("nf4", "triton", 64, 41.0, 1.2),
+]
+DOCUMENT = {
+    "machine": {"device": "H200", "jax": "0.11.2", "jaxlib": "0.11.2"},
+    "commit": "abc123",
+    "date": "2026-01-01",
+    "records": [
+        {
+            "op": "gemm",
+            "scheme": scheme,
+            "backend": backend,
+            "m": m,
+            "n": 22016,
+            "k": 4096,
+            "us": us,
+            "speedup": speedup,
+        }
+        for scheme, backend, m, us, speedup in RECORDS
+    ],
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    (tmp_path / "gemm-h200.json").write_text(json.dumps(DOCUMENT))
+    return tmp_path
+
+
+def block(name: str) -> str:
+    return f"before\n<!-- quote {name} gemm-h200.json -->\nold\n<!-- end of quote -->\nafter\n"
+
+
+def test_a_block_gets_the_times_and_speedups_of_its_records(results: Path) -> None:
+    text = quote.quoted(block("by-shape"), results.parent, results)
+    assert "| 1 | 20.0 us, 2.30x | - | - |\n" in text and "| 16 | - | - | - |\n" in text
+    assert text.startswith(
+        "before\n<!-- quote by-shape gemm-h200.json -->\n| M | 22016x4096 | 8192x8192 | 4096x4096 |\n"
+    )
+    link = f"[gemm-h200.json]({results.name}/gemm-h200.json)"
+    assert text.endswith(f"NVIDIA H200, jax 0.11.2, revision abc123: {link}.\n<!-- end of quote -->\nafter\n")
+    assert quote.quoted(text, results.parent, results) == text
+
+
+def test_the_plot_is_shown_where_there_is_one(results: Path) -> None:
+    (results / "gemm-h200.png").touch()
+    assert "](gemm-h200.png)\n<!-- end" in quote.quoted(block("by-shape"), results, results)
+    assert ".png" not in quote.quoted(block("triton"), results, results)
+
+
+def test_a_table_of_one_backend_has_no_other_records(results: Path) -> None:
+    lines = {line.split(" |")[0]: line for line in quote.quoted(block("triton"), results, results).splitlines()}
+    assert "41.0 us, 1.20x" in lines["| `nf4`"]
+    assert " us" not in lines["| `w4a16:group_size=128`"]
+
+
+def test_a_block_without_results_stays_as_it_is(tmp_path: Path) -> None:
+    assert quote.quoted(block("by-scheme"), tmp_path, tmp_path) == block("by-scheme")
+
+
+@pytest.mark.parametrize("page", quote.pages(), ids=lambda page: page.stem)
+def test_pages_say_what_was_measured(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert quote.quoted(text, page.parent) == text, "run python -m benchmarks.quote"
+    assert text.count("<!-- quote ") == text.count("<!-- end of quote -->") == len(quote.BLOCK.findall(text))

@@ -1,0 +1,64 @@
+"""The checks of `kernel_checks` pass a right kernel and find a wrong one, on any machine."""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from gpu.kernel_checks import Case, check, compile_case
+from gpu.kernel_selection import rehearsed
+from products import Product
+
+from qjax.dispatch.routes import Route
+
+
+@pytest.mark.parametrize("case", rehearsed(seed=0), ids=str)
+def test_the_reference_passes(case: Case) -> None:
+    wrong, made = check(case, compile_case(case, with_graph=False))
+    assert not wrong
+    assert made >= {"accuracy", "repeatability", "rows"}
+
+
+def right(x: Any, packed: Any, scale: Any, *, out_dtype: Any, **_: Any) -> Any:
+    """A product with weights of 8 bits and a scale a row."""
+    w = packed.astype(jnp.float32) * scale.astype(jnp.float32)
+    return (x.astype(jnp.float32) @ w.T).astype(out_dtype)
+
+
+def unscaled(x: Any, packed: Any, scale: Any, **others: Any) -> Any:
+    return right(x, packed, jnp.full_like(scale, scale[0, 0]), **others)
+
+
+def rounded(x: Any, packed: Any, scale: Any, **others: Any) -> Any:
+    w = (packed.astype(jnp.float32) * scale).astype(jnp.bfloat16)
+    return right(x, w, jnp.ones_like(scale), **others)
+
+
+def leaking(*args: Any, **others: Any) -> Any:
+    y = right(*args, **others)
+    return y + 1e-30 * y[:1]  # in the last bits of no row but where others hold NaN
+
+
+def unwritten(*args: Any, **others: Any) -> Any:
+    return right(*args, **others).at[-1, -1].set(jnp.nan)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        (right, None),
+        (unscaled, "times as far off as allowed"),
+        (rounded, "times that of rounding"),
+        (leaking, "changes with the other rows of x"),
+        (unwritten, "1 of 333 elements are not finite"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_a_wrong_kernel_is_found(kernel: Callable[..., Any], said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("kernel_under_test")
+    module.matmul = kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(__import__("sys").modules, module.__name__, module)
+    case = Case(Route("xla.under_test", "xla", module.__name__), Product("w8a16", 9, 200, 37), 0)
+    wrong, _ = check(case, compile_case(case, with_graph=False))
+    assert (not wrong) if said is None else said in "; ".join(wrong)

@@ -1,0 +1,114 @@
+"""y = residual + activation(x @ w + bias) in bfloat16 or float16, with cuBLASLt's epilogue where it has one.
+
+`dense` multiplies a weight of x's dtype. `matmul` does so with 8-bit codes of one scale a row, or in all:
+
+    y[m, n] = s[n] * sum_k x[m, k] * code[n, k]
+
+The codes become x's dtype in one pass over the weight, which is exact, so that this pays where there are many rows of
+x; the scale multiplies the float32 sum.
+
+Numerics: exact products, float32 sums, one rounding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xla_ffi.cublaslt import library
+from xla_ffi.cublaslt.call import CANDIDATES, DEFAULT, Call, Operands, multiply
+from xla_ffi.cublaslt.epilogue import Epilogue
+
+_ALIGNED = 8  # elements of 16 bits: rows start at multiples of 16 bytes
+
+
+def unsupported(
+    m: int, k: int, n: int, *, weight: str, x_format: str | None, x_dtype: str, group: int, block_n: int,
+    transposed: bool, features: frozenset[str] = frozenset(), cc: int, **_: Any,
+) -> str | None:  # fmt: skip
+    """Why this kernel cannot do a product, or None."""
+    if transposed:
+        return "it multiplies by the weight, not by its transpose"
+    if weight not in ("int8", "e4m3", "e5m2"):
+        return f"it reads codes of 8 bits, the weight is {weight}"
+    if x_format is not None or x_dtype not in ("bfloat16", "float16"):
+        return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
+    if group < k or 1 < block_n < n:
+        return f"scales of {block_n} x {group}: it knows one a row, or one in all"
+    if features & {"zero_point", "zero_point_real"}:
+        return "it has no zero points"
+    if k % _ALIGNED or n % _ALIGNED:
+        return f"K={k} and N={n}: cuBLASLt wants multiples of {_ALIGNED}, rows of 16 bytes"
+    if cc < 80:
+        return "tensor cores multiply bfloat16 from compute capability 8.0 on"
+    return library.missing()
+
+
+def configs(m: int, k: int, n: int, **_: Any) -> list[dict[str, int]]:
+    """The first of the heuristic's results, by rank."""
+    return [{"candidate": i} for i in range(CANDIDATES)]
+
+
+def dense(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: Any = None,
+    config: dict[str, int] | None = None,
+) -> jax.Array:
+    """`residual + activation(x @ w.T + bias)`.
+
+    Args:
+      x: bfloat16 or float16 `[M, K]`; w: the same `[N, K]`; K and N multiples of 8.
+      bias: `[N]`; residual: `[M, N]`; inside the library where both have `out_dtype`.
+      activation: elementwise, in float32; relu and the tanh form of gelu run inside the library.
+      out_dtype: x's by default, or float32.
+      config: `candidate`, which of the heuristic's results runs.
+
+    Returns:
+      `[M, N]` in `out_dtype`.
+    """
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    candidate = (config or {}).get("candidate", 0)
+    after = Epilogue(bias, activation, residual)
+    epilogue = after.code(out_dtype)
+    if epilogue is not None:
+        call = Call(out_dtype, epilogue=epilogue, candidate=candidate)
+        return multiply(call, Operands(x, w, bias=bias, residual=residual))[0]
+    call = Call(jnp.dtype("float32"), epilogue=DEFAULT, candidate=candidate)
+    return after.finish(multiply(call, Operands(x, w))[0], out_dtype)
+
+
+def matmul(
+    x: jax.Array,
+    packed: jax.Array,
+    scale: jax.Array,
+    *,
+    global_scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: Any = None,
+    config: dict[str, int] | None = None,
+    **_: Any,
+) -> jax.Array:
+    """The product of the module's docstring.
+
+    Args:
+      x: bfloat16 or float16 `[M, K]`.
+      packed: int8, float8_e4m3fn or float8_e5m2 `[N, K]`.
+      scale: `[N, 1]` or `[1, 1]`; global_scale: `[]` or `[N]`, another factor.
+      (others: as `dense`)
+
+    Returns:
+      `[M, N]` in `out_dtype`, default x's.
+    """
+    y = dense(x, jax.lax.optimization_barrier(packed.astype(x.dtype)), out_dtype=jnp.float32, config=config)
+    y = y * scale[:, 0].astype(jnp.float32)
+    if global_scale is not None:
+        y = y * global_scale.astype(jnp.float32)
+    return Epilogue(bias, activation, residual).finish(y, jnp.dtype(out_dtype or x.dtype))
