@@ -39,10 +39,10 @@ def unsupported(
         return "it multiplies by the weight, not by its transpose"
     if x_format is not None or x_dtype not in ("bfloat16", "float16"):
         return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
+    if weight == "e4m3" and cc < 89:
+        return "Triton converts e4m3 from compute capability 8.9 on"
     if scale_dtype == "float8_e8m0fnu":
         return None if group == 32 and x_dtype == "bfloat16" else "e8m0 scales: it knows groups of 32 with bfloat16 x"
-    if weight != "int8" and cc < 89:
-        return "Triton converts FP8 from compute capability 8.9 on"
     if group < k and group % STEP:
         return f"groups of {group}: it knows multiples of {STEP}"
     return None
@@ -72,7 +72,8 @@ class _Plan:
 def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None:
     """One program: see the module's docstring."""
     tile, z_ref, out_ref = plan.tile, (refs[0] if plan.zero_point else None), refs[-1]
-    first_row, first_x = pl.program_id(0) * tile.tile_n, pl.program_id(2) * tile.tile_m
+    first_x, first_row = pl.program_id(0) * tile.tile_m, pl.program_id(1) * tile.tile_n
+    policy = "evict_first" if plan.m <= tile.tile_m else None  # read once, codes would push x and scales out of the L2
     rows = jnp.minimum(first_row + jnp.arange(tile.tile_n), plan.n - 1)
 
     def load_tile(ref: Any, first: jax.Array, height: int, size: int, step: jax.Array, policy: str | None) -> jax.Array:
@@ -104,11 +105,13 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
         return jax.lax.bitcast_convert_type(raw << 23, jnp.float32).astype(x_ref.dtype)
 
     def one_step(step: jax.Array, total: jax.Array) -> jax.Array:
-        codes = load_tile(w_ref, first_row, tile.tile_n, plan.n, step, "evict_first")
+        codes = load_tile(w_ref, first_row, tile.tile_n, plan.n, step, policy)
         x = load_tile(x_ref, first_x, tile.tile_m, plan.m, step, None)
         if z_ref is not None:
             # past K's edge x is zero, whatever the value
             codes = codes.astype(jnp.float32) - at_groups(z_ref, column_of(step)).astype(jnp.float32)
+        if codes.dtype == jnp.float8_e4m3fn:  # by itself Triton goes from float16 to bfloat16 by a slow instruction
+            codes = codes.astype(jnp.float16).astype(jnp.float32)
         values = codes.astype(x.dtype)
         if plan.powers:
             return total + plgpu.dot(values * powers_of(step), x.T)
@@ -117,12 +120,12 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
 
     steps = -(-plan.k // STEP)
     share = -(-steps // tile.split_k)
-    start = pl.program_id(1) * share
+    start = pl.program_id(2) * share
     zero = jnp.zeros((tile.tile_n, tile.tile_m), jnp.float32)
     total = jax.lax.fori_loop(start, jnp.minimum(start + share, steps), one_step, zero)
     if plan.scale_last:
         total = total * at_groups(s_ref, jnp.zeros((1, 1), jnp.int32)).astype(jnp.float32)
-    out = out_ref.at[pl.program_id(1), pl.ds(first_x, tile.tile_m), pl.ds(first_row, tile.tile_n)]
+    out = out_ref.at[pl.program_id(2), pl.ds(first_x, tile.tile_m), pl.ds(first_row, tile.tile_n)]
     shape = (tile.tile_m, tile.tile_n)
     inside = (first_x + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < plan.m) & (
         first_row + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < plan.n
@@ -144,6 +147,8 @@ def matmul(
     out_dtype: Any = None,
     config: dict[str, int] | None = None,
     sms: int = 132,
+    smem: int = 99 * 1024,
+    cc: int = 90,
     interpret: bool = False,
     **_: Any,
 ) -> jax.Array:
@@ -152,7 +157,8 @@ def matmul(
     Args:
       group: elements of K that share a scale; K or more for one scale a row.
       block_n: rows that share a scale; N for one in all.
-      config: fields of `Tile`; empty takes `tile_for` the shape and `sms` multiprocessors.
+      config: fields of `Tile`; empty takes `tile_for` the shape.
+      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have; cc: compute capability.
       interpret: run in plain JAX on any machine.
       (others: shapes and dtypes in the module's docstring)
 
@@ -160,7 +166,7 @@ def matmul(
       `[M, N]` in `out_dtype`, default x's.
     """
     (m, k), n = x.shape, codes.shape[0]
-    tile = Tile(**config) if config else tile_for(m, n, -(-k // STEP), sms)
+    tile = Tile(**config) if config else tile_for(m, n, -(-k // STEP), sms, smem, cc)
     powers = scale.dtype == jnp.float8_e8m0fnu
     rows, columns = scale.shape
     plan = _Plan(m, n, k, min(group, k), block_n, rows, columns, powers, zero_point is not None, tile)
@@ -170,7 +176,8 @@ def matmul(
     operands += [] if zero_point is None else [zero_point]
     partial = pl.pallas_call(
         functools.partial(_kernel, plan),
-        grid=(-(-n // tile.tile_n), tile.split_k, -(-m // tile.tile_m)),
+        # neighbours share their rows of the weight, which come from memory once; x is small and stays in the L2
+        grid=(-(-m // tile.tile_m), -(-n // tile.tile_n), tile.split_k),
         out_shape=jax.ShapeDtypeStruct((tile.split_k, m, n), out_dtype if whole else jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,

@@ -44,7 +44,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.triton import columns
 from pallas_kernels.triton.finish import finish_sums
 from pallas_kernels.triton.operand import BLOCK, PLANES, TABLES, operand_pieces, plane_words
-from pallas_kernels.triton.tiles import Tile, packed_smem, packed_tile
+from pallas_kernels.triton.tiles import Tile, packed_tile, smem_of
 
 _FEW_ROWS = 16
 _COLUMNS = 8  # of the tensor cores' result, at least
@@ -69,7 +69,17 @@ def unsupported(
     return None
 
 
-def configs(m: int, k: int, n: int, *, bits: int, smem: int, sms: int, **_: Any) -> list[dict[str, int]]:
+def _tallest(group: int, cc: int, sums: bool = False) -> int:
+    """Rows of x that a program can have. Blackwell keeps sums of a block's groups in a memory of 512 columns; before
+    Hopper's tensor cores registers are too few for sums of x besides."""
+    if cc >= 100:
+        return 256 // max(1, BLOCK // group)
+    return 32 if sums and cc < 90 else 256
+
+
+def configs(
+    m: int, k: int, n: int, *, bits: int, group: int, smem: int, sms: int, cc: int, **_: Any
+) -> list[dict[str, int]]:
     """Configurations worth measuring: those whose shared memory fits, and that fill the chip without slivers."""
     blocks = -(-k // BLOCK)
     tallest = min(64, max(_COLUMNS, 1 << (m - 1).bit_length()))
@@ -80,17 +90,19 @@ def configs(m: int, k: int, n: int, *, bits: int, smem: int, sms: int, **_: Any)
             for split_k in (1, 2, 4, 8):
                 programs = -(-n // tile_n) * -(-m // tile_m) * split_k
                 slivers = split_k > 1 and (blocks // split_k < 2 or programs > 16 * sms)
-                if slivers or tile_m * tile_n > 128 * 32 * warps:  # sums of 128 registers a thread
+                # sums of 128 registers a thread; 64 where x takes registers too
+                most = (128 if cc == 90 else 64) * 32 * warps
+                if slivers or tile_m > _tallest(group, cc) or tile_m * tile_n > most:
                     continue
                 tiles = [Tile(tile_m, tile_n, split_k, warps, stages) for stages in (2, 3, 4)]
-                found += [dataclasses.asdict(tile) for tile in tiles if packed_smem(tile, bits) <= smem]
+                found += [dataclasses.asdict(tile) for tile in tiles if smem_of(tile, bits) <= smem]
     return found
 
 
-def _sums_of_groups(x: jax.Array, blocks: int, per_block: int) -> jax.Array:
-    """Sums of x `[M, K]` over each group, or block of 128 in a larger one: float32 `[blocks * per_block, M]`."""
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, blocks * BLOCK - x.shape[1])))
-    return x.reshape(x.shape[0], blocks * per_block, -1).sum(axis=2).T
+def _sums_of_pieces(x: jax.Array, pieces: int) -> jax.Array:
+    """Sums of x `[M, K]` over each of the pieces of its blocks: float32 `[pieces, M]`."""
+    pieces_of_x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % BLOCK)))
+    return pieces_of_x.reshape(x.shape[0], pieces, -1).sum(axis=2).T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,13 +197,13 @@ def _add_scaled(total: jax.Array, part: jax.Array, scale: jax.Array, interpret: 
 
 
 def _words(plan: _Plan, ref: Any, first_row: jax.Array, block: jax.Array) -> list[jax.Array]:
-    """A block's planes. evict_first: they are read once, and would push x and scales out of the L2."""
+    """A block's planes. evict_first: read once, they would push x and scales out of the L2."""
     height = plan.tile.tile_n
     return [
         _load(
             ref.at[pl.ds(first_row, height), pl.ds(block * 4 * plan.bits + first, size)],
             _mask((height, size), (0, first_row, plan.n, height)),
-            "evict_first",
+            "evict_first" if plan.m <= plan.tile.tile_m else None,
         )
         for first, size in plane_words(plan.bits)
     ]
@@ -218,7 +230,7 @@ def _rows_of_x(plan: _Plan, ref: Any, first: jax.Array, block: jax.Array, piece:
 def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None:
     """One program: see the module's docstring."""
     tile, z_ref, sums_ref, out_ref = plan.tile, refs[0], refs[-2:][0], refs[-1]
-    first_row, first_x = pl.program_id(0) * tile.tile_n, pl.program_id(2) * tile.tile_m
+    first_x, first_row = pl.program_id(0) * tile.tile_m, pl.program_id(1) * tile.tile_n
     rows = jnp.minimum(first_row + jnp.arange(tile.tile_n), plan.n - 1)
     rows = jnp.zeros_like(rows) if plan.one_row else rows
 
@@ -264,7 +276,7 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
 
     blocks = -(-plan.k // BLOCK)
     share = -(-blocks // tile.split_k)
-    start = pl.program_id(1) * share
+    start = pl.program_id(2) * share
     zeros = jnp.zeros((tile.tile_n, tile.tile_m), jnp.float32)
     total = jax.lax.fori_loop(start, jnp.minimum(start + share, blocks), step, zeros)
     if plan.one_column:
@@ -272,8 +284,8 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
     height = tile.tile_m // plan.rows_of_x
     if plan.rows_of_x > 1:
         total = total.reshape(tile.tile_n, height, plan.rows_of_x).sum(axis=2)
-    first = pl.program_id(2) * height
-    out = out_ref.at[pl.program_id(1), pl.ds(first, height), pl.ds(first_row, tile.tile_n)]
+    first = pl.program_id(0) * height
+    out = out_ref.at[pl.program_id(2), pl.ds(first, height), pl.ds(first_row, tile.tile_n)]
     inside = _mask((height, tile.tile_n), (0, first, plan.m, height), (1, first_row, plan.n, tile.tile_n))
     plgpu.store(out, total.T.astype(out_ref.dtype), mask=inside)
 
@@ -294,6 +306,7 @@ def matmul(
     config: dict[str, int] | None = None,
     sms: int = 132,
     smem: int = 99 * 1024,
+    cc: int = 90,
     interpret: bool = False,
     **_: Any,
 ) -> jax.Array:
@@ -303,7 +316,7 @@ def matmul(
       weight: "int2" .. "int6", "e2m1", "nf4" or "fp4".
       group: elements of K that share a scale; K or more for one scale a row.
       config: fields of `Tile`; empty takes `packed_tile` for the shape.
-      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have.
+      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have; cc: compute capability.
       interpret: run in plain JAX on any machine.
       (others: shapes and dtypes in the module's docstring)
 
@@ -316,16 +329,21 @@ def matmul(
         None if zero_point is None else zero_point.dtype.name, scale.shape[0] == 1 < n, scale.shape[1] == 1,
         Tile(0, 0, 0, 0, 0), interpret,
     )  # fmt: skip
-    tile = Tile(**config) if config else packed_tile(m, n, blocks, plan.bits, sms, smem)
+    tile = (
+        Tile(**config)
+        if config
+        else packed_tile(m, n, blocks, plan.bits, _tallest(group, cc, plan.sums), sms, smem, cc)
+    )
     plan = dataclasses.replace(plan, tile=tile)
     whole = tile.split_k == 1 and all(v is None for v in (global_scale, bias, activation, residual))
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     operands = [x, packed.reshape(n, -1), columns.as_words(scale)]
     operands += [] if zero_point is None else [columns.as_words(zero_point)]
-    operands += [_sums_of_groups(x, blocks, plan.per_block)] if plan.sums_given else []
+    operands += [_sums_of_pieces(x, blocks * plan.pieces)] if plan.sums_given else []
     partial = pl.pallas_call(
         functools.partial(_kernel, plan),
-        grid=(-(-n // tile.tile_n), tile.split_k, -(-m * plan.rows_of_x // tile.tile_m)),
+        # neighbours share their rows of the weight, which come from memory once; x is small and stays in the L2
+        grid=(-(-m * plan.rows_of_x // tile.tile_m), -(-n // tile.tile_n), tile.split_k),
         out_shape=jax.ShapeDtypeStruct((tile.split_k, m, n), out_dtype if whole else jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,

@@ -38,7 +38,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.triton import columns
 from pallas_kernels.triton.finish import finish_sums
-from pallas_kernels.triton.operand import BLOCK, PLANES, operand, plane_words
+from pallas_kernels.triton.operand import BLOCK, PLANES, operand, operand_pieces, plane_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +210,8 @@ def _values(
     first_group = (row % tile.blocks * plan.per_block)[:, None]
 
     def of_values(ref: Any, name: str) -> jax.Array:
-        k = jax.lax.broadcasted_iota(jnp.int32, (1, BLOCK), 1)
-        return _entries(plan, ref, name, rows, column, first_group + k // plan.group)
+        inside = jax.lax.broadcasted_iota(jnp.int32, (1, BLOCK), 1) // plan.group
+        return _entries(plan, ref, name, rows, column, first_group + (inside if plan.per_block > 1 else 0))
 
     def of_words() -> list[jax.Array]:
         """Scales for the words at each shift, t_low."""
@@ -228,14 +228,17 @@ def _values(
         ).reshape(height, words)
         for word, words in plane_words(plan.bits)
     ]  # fmt: skip
+    read = functools.partial(operand, planes, plan.weight, plan.bits, dtype, interpret=plan.interpret)
     if z_ref is None:
-        factor = None if plan.scale is None else of_words()
-        values = operand(planes, plan.weight, plan.bits, dtype, factor, plan.interpret)
+        values = read(None if plan.scale is None else of_words())
+    elif plan.per_block == 1 and plan.zero_point == "int8":
+        scales = None if plan.scale is None else [of_values(s_ref, plan.scale)]
+        zeros = [of_values(z_ref, plan.zero_point)]
+        (values,) = operand_pieces(planes, plan.weight, plan.bits, dtype, 1, scales, zeros, plan.interpret)
     else:
-        values = operand(planes, plan.weight, plan.bits, dtype, None, plan.interpret)
         shift = 2.0 ** (plan.bits - 1) - of_values(z_ref, plan.zero_point or "")
         scale = jnp.ones((1, 1)) if plan.scale is None else of_values(s_ref, plan.scale)
-        values = _shifted_and_scaled(values, shift, scale, plan.interpret)
+        values = _shifted_and_scaled(read(), shift, scale, plan.interpret)
     return values.reshape(tile.tile_n, tile.blocks * BLOCK)
 
 

@@ -2,9 +2,11 @@
 
 import argparse
 import time
+from pathlib import Path
 
 from qjax.checkpoints.load import load
 from qjax.checkpoints.save import WRITERS, save
+from qjax.checkpoints.write import check_target
 from qjax.cli.opening import kernel_bytes, scheme_names
 from qjax.cli.tables import show
 from qjax.errors import CheckpointError
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Reads, writes, and says what was written."""
     start = time.perf_counter()
+    check_target(Path(args.out), source=args.folder, overwrite=args.overwrite)
     model = load(args.folder)
     quantized = sum(is_qtensor(layer.kernel) for layer in layers(model))
     if not quantized:

@@ -153,7 +153,7 @@ def refusal(route: Route, problem: Problem, device: Device) -> str | None:
 
 
 def seen_by(route: Route, problem: Problem) -> Problem:
-    """The problem, x as its codes in bfloat16 where it is quantized and the route takes x only as it is."""
+    """The problem, x as its codes in a float where it is quantized and the route takes x only as it is."""
     if problem.x_format is None or route.x_formats != AS_IT_IS or problem.x_granularity == "block":
         return problem
     return problem.with_float_x()

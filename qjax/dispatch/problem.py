@@ -72,15 +72,16 @@ class Problem:
         return activation.granularity if activation else None
 
     def with_float_x(self) -> "Problem":
-        """The product that a kernel sees which does not quantize x: bfloat16 codes, one scale a row left for later.
+        """The product that a kernel sees which does not quantize x: codes in a float, one scale a row left for later.
 
-        Codes of 8 bits are exact in bfloat16; what follows the product waits for the scale of x.
+        Codes of 8 bits are exact in all floats; what follows the product waits for the scale of x.
         """
         scheme = dataclasses.replace(self.scheme, activation=None)
-        float32, bfloat16 = np.dtype("float32"), np.dtype("bfloat16")
+        x_dtype = np.dtype("float16" if self.out_dtype == np.float16 else "bfloat16")
         return dataclasses.replace(
-            self, scheme=scheme, x_dtype=bfloat16, out_dtype=float32, bias=False, activation=None, residual=False
-        )
+            self, scheme=scheme, x_dtype=x_dtype, out_dtype=np.dtype("float32"), bias=False, activation=None,
+            residual=False,
+        )  # fmt: skip
 
     @property
     def shape(self) -> str:

@@ -80,8 +80,8 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.7, 0.6, 5e-6, _H200 + "324 us (int8) at M=2048"),
     ),
     ("triton.transposed", "gpu", True): (
-        Efficiency(0.3, 0.4, 4e-6, _H200 + "31 us (int4 g128) at M=1, 39 at 16", m_max=16),
-        Efficiency(0.06, 0.1, 4e-6, _H200 + "176 us (int4 g128) at M=64, 502 at 256"),
+        Efficiency(0.31, 0.42, 4e-6, _H200 + "34 us (int4 g128) at M=1, 36 at 16", m_max=16),
+        Efficiency(0.24, 0.42, 4e-6, _H200 + "46 us (int4 g128) at M=64, 114 at 256"),
     ),
     ("triton.transposed_8bit", "gpu", False): (
         Efficiency(0.47, 0.4, 4e-6, _H200 + "42 us (int8) at M=1, 43 at 16", m_max=16),

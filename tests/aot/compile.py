@@ -4,7 +4,7 @@ XLA's CUDA plugin compiles for a GPU that is described to it; the description he
 compiled program come its steps (each a kernel launch or a library call, inside a CUDA graph or not) and, from ptxas,
 each kernel's registers, spills, stack and shared memory.
 
-    python tests/aot/compile.py --device h200 --route triton.matmul_4bit w4a16 16x4096x4096
+    python tests/aot/compile.py --device h200 --route triton.matmul_packed w4a16 16x4096x4096
     python tests/aot/compile.py --device l4,b200 --route triton.matmul_8bit fp8 1x4304x333 --transposed --sass
 
 Without `--route` it is the kernel that dispatch chooses. `--serve` answers requests in JSON, a line each, on stdin:

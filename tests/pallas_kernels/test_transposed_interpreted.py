@@ -16,6 +16,7 @@ CASES = [
     ("w4a16", (33, 256, 200), None, 1.85),
     ("w4a16:group_size=-1,symmetric=false", (17, 300, 70), (16, 32, 2, 1, 2), 1.85),
     ("w4a16:group_size=64,symmetric=false", (5, 512, 130), (16, 64, 3, 1, 2, 2), 1.85),
+    ("w4a16:group_size=128,symmetric=false", (5, 512, 130), (16, 64, 1, 1, 2, 2), 1.85),
     ("w4a16:group_size=256", (40, 512, 64), (32, 32, 1, 2, 2, 2), 1.85),
     ("w4a16:group_size=tensor", (20, 256, 64), None, 1.1),
     ("w2a16:group_size=32,symmetric=false", (3, 256, 70), None, 1.85),

@@ -1,5 +1,7 @@
 """The Triton kernels' arithmetic, interpreted on a CPU: every format they read, shapes with edges, against float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,3 +65,16 @@ def test_what_a_kernel_cannot_do_is_said():
     facts = dict(weight="int4", group=48, block_n=1, x_dtype="bfloat16", x_format=None, scale_dtype="float16")
     assert "groups of 48" in matmul_packed.unsupported(1, 96, 8, **facts, transposed=False)
     assert "transpose" in matmul_packed.unsupported(1, 96, 8, **facts, transposed=True)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16:symmetric=false", "w3a16:symmetric=false"])
+def test_zero_points_that_are_no_integers_meet_sums_of_x(scheme: str):
+    w = qjax.quantize_array(jax.random.normal(jax.random.key(0), (256, 40)) * 0.02, scheme)
+    w = dataclasses.replace(w, zero_point=w.zero_point.astype(jnp.float32) + 0.3)
+    for m in (2, 17):
+        x = jax.random.normal(jax.random.key(1), (m, 256)).astype(jnp.bfloat16)
+        options = dict(weight=w.scheme.weight, group=w.scheme.block[1], zero_point=w.zero_point)
+        y = np.asarray(matmul_packed.matmul(x, w.packed, w.scale, **options, interpret=True), np.float64)
+        exact = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
+        rounding = np.linalg.norm(np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64) - exact)
+        assert np.linalg.norm(y - exact) <= 1.05 * rounding

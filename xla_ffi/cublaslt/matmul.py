@@ -18,8 +18,8 @@ Scale modes, by what x and w carry (`call` has the layouts):
 Where a side is coarser than its mode, its scales are repeated: cuBLASLt takes no other pairs. OUTER and the modes of
 128 exist on compute capability 9.0 only; elsewhere a product with one scale a row or in all leaves them to XLA.
 
-Numerics: float32 sums and one rounding. Without blocks FP8 sums are Hopper's fast ones (`fast_accum`): 2e-3 of relative
-error against 1.6e-3 of rounding to bfloat16; with blocks, or `config={"fast_accum": 0}`, within 1.1 of rounding alone.
+Numerics: float32 sums and one rounding. Without blocks, sums of FP8 that are rounded to bfloat16 are Hopper's fast ones
+(`fast_accum`): 2e-3 of relative error against 1.6e-3 of the rounding; the others are within 1.1 of rounding alone.
 """
 
 import dataclasses
@@ -131,7 +131,7 @@ def matmul(
     epilogue = None if plan.factor is not None or (plan.bare and not after.is_empty) else after.code(out_dtype)
     call = Call(
         out_dtype if epilogue else jnp.dtype("float32"), plan.x_mode, plan.w_mode,
-        fast_accum=0 if plan.x_mode == BLOCK_1X128 else config.get("fast_accum", 1),
+        fast_accum=0 if plan.x_mode == BLOCK_1X128 else config.get("fast_accum", int(out_dtype == jnp.bfloat16)),
         epilogue=epilogue or DEFAULT, candidate=candidate,
     )  # fmt: skip
     if epilogue:

@@ -261,6 +261,6 @@ def test_a_mesh_that_cuts_no_weight_is_warned_of(axis: str, warnings: int, caplo
         load(PYLM, mesh=mesh)
     found = [record.getMessage() for record in caplog.records if "over which weights are cut" in record.getMessage()]
     assert found == warnings * [
-        "the mesh has axes batch and none of fsdp, model, over which weights are cut: each of its 2 devices gets all of "
-        "them"
+        "the mesh has axes batch and none of fsdp, model, over which weights are cut: "
+        "each of its 2 devices gets all of them"
     ]
