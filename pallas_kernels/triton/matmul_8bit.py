@@ -48,6 +48,20 @@ def unsupported(
     return None
 
 
+def configs(m: int, k: int, n: int, *, smem: int, sms: int, **_: Any) -> list[dict[str, int]]:
+    """Configurations worth measuring: those whose shared memory fits, and that fill the chip without slivers."""
+    tile_m, found = min(64, max(16, 1 << (m - 1).bit_length())), []
+    for tile_n, warps in ((64, 2), (64, 4), (128, 4), (128, 8)):
+        for split_k in (1, 2, 4):
+            programs = -(-n // tile_n) * -(-m // tile_m) * split_k
+            if split_k > 1 and (k // STEP // split_k < 2 or programs > 16 * sms):
+                continue
+            for stages in (2, 3, 4):
+                if stages * STEP * (tile_n + 2 * tile_m) <= smem:
+                    found.append(dataclasses.asdict(Tile(tile_m, tile_n, split_k, warps, stages)))
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """Static facts of one call."""

@@ -74,6 +74,10 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.53, 0.42, 3.6e-6, _H200 + "22 us (int4 g128) at M=1 and 16", m_max=16),
         Efficiency(0.3, 0.42, 3.6e-6, _H200 + "38 us (int4 g128) at M=64, 112 at 256, 870 at 2048"),
     ),
+    ("triton.matmul_8bit", "gpu", False): (
+        Efficiency(0.7, 0.3, 3e-6, _H200 + "28 us (int8) at M=1, 30 at 16", m_max=16),
+        Efficiency(0.31, 0.3, 3e-6, _H200 + "64 us (int8) at M=64, 1230 at 2048"),
+    ),
     ("triton.matmul_w8a8", "gpu", False): (
         Efficiency(0.68, 0.5, 2.5e-6, _H200 + "29 us (int8) at M=64", m_max=64),
         Efficiency(0.68, 0.42, 3e-6, _H200 + "57 us (int8) at M=256", m_max=256),
@@ -96,10 +100,10 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.4, 1.0, 3e-6, _H200 + "73 us (int8) at M=4"),
     ),
     ("xla.dequantize_dot", "gpu", True): (
-        Efficiency(0.8, 0.62, 3e-6, _H200 + "108 us (int4 g128) at M=16, 661 at 2048", 2),
+        Efficiency(0.5, 0.62, 3e-6, _H200 + "171 us (int4 g128) at M=64, 694 at 2048", 2),
     ),
     ("xla.dequantize_dot", "gpu", False): (
-        Efficiency(0.8, 0.62, 3e-6, "as with packed weights", 2),
+        Efficiency(0.6, 0.62, 3e-6, _H200 + "163 us (e4m3) at M=64, 752 at 2048", 2),
     ),
     ("xla.int8_dot", "gpu", False): (
         Efficiency(0.66, 0.5, 3e-6, _H200 + "33 us at M=64", m_max=64),

@@ -9,7 +9,6 @@ reported once and ignored.
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -54,13 +53,13 @@ class Table:
         return (entry for buckets in self._entries.values() for entry in buckets.values())
 
     def nearest(self, kernel: str, scheme: str, n: int, k: int, m: int) -> Entry | None:
-        """The entry whose M bucket is the nearest in powers of two, the larger of two equals.
+        """The entry whose M bucket is m's or the next one, the larger of two; None where there is none.
 
-        Its config is the best known for m; its time is m's only where `entry.m == bucket(m)`.
+        Its config is the best known for m; its time is m's only where `entry.m == bucket(m)`. What is best for far
+        fewer or far more rows is no guide: a tile for one row is slow with many.
         """
-        buckets = self._entries.get((kernel, scheme, n, k), {})
-        wanted = math.log2(bucket(m))
-        return min(buckets.values(), key=lambda e: (abs(math.log2(e.m) - wanted), -e.m), default=None)
+        buckets, at = self._entries.get((kernel, scheme, n, k), {}), bucket(m)
+        return next((buckets[near] for near in (at, 2 * at, at // 2) if near in buckets), None)
 
 
 def bucket(m: int) -> int:

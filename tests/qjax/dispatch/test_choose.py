@@ -180,7 +180,7 @@ class TunedTest(parameterized.TestCase):
 
     def test_a_near_bucket_lends_its_config_and_not_its_time(self):
         write_table(("triton.other", 16, 0.001, {"tile_n": 32}))
-        near = choose(problem(64), H200, routes=(REFERENCE, OTHER))
+        near = choose(problem(32), H200, routes=(REFERENCE, OTHER))
         assert dict(near.config) == {"tile_n": 32} and near.estimate.basis == "estimated"
         same = choose(problem(13), H200, routes=(REFERENCE, OTHER))
         assert same.estimate.basis == "measured"

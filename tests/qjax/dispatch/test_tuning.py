@@ -38,11 +38,11 @@ class BucketTest(parameterized.TestCase):
     def test_a_bucket_is_the_power_of_two_at_or_above(self, m, expected):
         assert tuning.bucket(m) == expected
 
-    @parameterized.parameters((1, 1), (2, 1), (3, 16), (16, 16), (100, 16), (2000, 2048))
-    def test_the_nearest_bucket_is_near_in_powers_of_two(self, m, expected):
+    @parameterized.parameters((1, 1), (2, 1), (3, None), (8, 16), (16, 16), (17, 16), (100, None), (600, 2048))
+    def test_a_bucket_beside_stands_in_and_one_farther_off_does_not(self, m, expected):
         table = Table([entry(1), entry(16), entry(2048)])
         found = table.nearest("triton.int", SCHEME, 4096, 4096, m)
-        assert found is not None and found.m == expected
+        assert (found and found.m) == expected
 
     def test_other_kernels_schemes_and_shapes_are_not_near(self):
         table = Table([entry(1)])
