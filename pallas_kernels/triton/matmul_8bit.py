@@ -162,7 +162,6 @@ def matmul(
     config: dict[str, int] | None = None,
     sms: int = 132,
     smem: int = 99 * 1024,
-    cc: int = 90,
     interpret: bool = False,
     **_: Any,
 ) -> jax.Array:
@@ -172,7 +171,7 @@ def matmul(
       group: elements of K that share a scale; K or more for one scale a row.
       block_n: rows that share a scale; N for one in all.
       config: fields of `Tile`; empty takes `tile_for` the shape.
-      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have; cc: compute capability.
+      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have.
       interpret: run in plain JAX on any machine.
       (others: shapes and dtypes in the module's docstring)
 
@@ -180,7 +179,7 @@ def matmul(
       `[M, N]` in `out_dtype`, default x's.
     """
     (m, k), n = x.shape, codes.shape[0]
-    tile = Tile(**config) if config else tile_for(m, n, -(-k // STEP), sms, smem, cc)
+    tile = Tile(**config) if config else tile_for(m, n, -(-k // STEP), sms, smem)
     powers = scale.dtype == jnp.float8_e8m0fnu
     rows, columns = scale.shape
     plan = _Plan(m, n, k, min(group, k), block_n, rows, columns, powers, zero_point is not None, tile)

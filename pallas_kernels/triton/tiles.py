@@ -22,14 +22,14 @@ class Tile:
     stages: int
 
 
-# (most rows of x, tile_m, tile_n, warps, stages).  measured: H200, int4 g128, 22016x4096 and 4096x4096
+# Sums of 64 x 128 and more are too many registers but for Hopper's tensor cores, which read x from shared memory.
+_SMALLER = (None, 64, 64, 4, 3)
+# (most rows of x, tile_m, tile_n, warps, stages).  measured: H200, 22016x4096; the last row is for want of registers
 _SHAPES = (
     (16, 16, 64, 2, 3),
     (32, 32, 128, 4, 3),
-    (None, 64, 128, 4, 4),
+    _SMALLER,
 )
-# Without Hopper's tensor cores, which read x from shared memory, registers are short.
-_SMALLER = (None, 64, 64, 4, 3)
 _PROGRAMS_A_MULTIPROCESSOR = 4  # enough loads in flight to cover memory's latency
 _SHORTEST_SHARE = 4  # blocks of 128 along K that are worth a program
 
@@ -45,16 +45,15 @@ def _fitting(tile: Tile, bits: int, smem: int) -> Tile:
     return next((tile for tile in tiles if smem_of(tile, bits) <= smem), tiles[-1])
 
 
-def tile_for(m: int, n: int, blocks: int, sms: int, smem: int, cc: int) -> Tile:
+def tile_for(m: int, n: int, blocks: int, sms: int, smem: int) -> Tile:
     """The tile for weights of eight bits.
 
     Args:
       m: rows of x; n: of the weight.
       blocks: of 128 columns along K.
-      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have; cc: compute capability.
+      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have.
     """
-    shapes = _SHAPES if cc == 90 else (*_SHAPES[:-1], _SMALLER)
-    _, tile_m, tile_n, warps, stages = next(row for row in shapes if row[0] is None or m <= row[0])
+    _, tile_m, tile_n, warps, stages = next(row for row in _SHAPES if row[0] is None or m <= row[0])
     programs = -(-n // tile_n) * -(-m // tile_m)
     split_k = 1
     while split_k * programs < 7 * _PROGRAMS_A_MULTIPROCESSOR * sms // 8 and blocks // (2 * split_k) >= _SHORTEST_SHARE:
