@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.formats import FORMATS
+from qjax.quotient import quotient
 from qjax.schemes import Activation
 
 BLOCK_K = 128  # `granularity="block"`: one scale for each 128 elements of a token
@@ -60,20 +61,14 @@ def quantize_rows(x: jax.Array, activation: Activation | None, act_scale: jax.Ar
         assert act_scale is not None, "checked in qjax.matmul"
         scale = jnp.broadcast_to(act_scale.astype(jnp.float32), (*x.shape[:-1], 1))
     else:
-        scale = _quotient(_amax(wide, activation), form.maximum)
+        scale = quotient(_amax(wide, activation), form.maximum)
         scale = jnp.where(scale == 0, 1.0, scale)
-    ratio = _quotient(wide, _spread(scale, x.shape[-1]))
+    ratio = quotient(wide, _spread(scale, x.shape[-1]))
     if form.kind == "int":
         return Rows(jnp.clip(jnp.round(ratio), -128, 127).astype(form.dtype), scale)
     codes = jnp.clip(ratio, -form.maximum, form.maximum).astype(form.dtype)
     # Without a barrier XLA leaves out a rounding to 8 bits that a conversion to a wider float follows.
     return Rows(jax.lax.optimization_barrier(codes), scale)
-
-
-def _quotient(x: jax.Array, y: jax.Array | float) -> jax.Array:
-    """`x / y` rounded once, for finite x, wherever it is computed: XLA would multiply by the rounded reciprocal of a y
-    that it sees to be constant or broadcast, and then codes would depend on what is compiled beside them."""
-    return x / (y + 0 * x)
 
 
 def _amax(x: jax.Array, activation: Activation) -> jax.Array:

@@ -12,6 +12,7 @@ from qjax.errors import QuantizeError
 from qjax.formats import FORMATS, Format, codebook_thresholds
 from qjax.layouts import pack
 from qjax.qtensor import QTensor, k_pieces
+from qjax.quotient import quotient
 from qjax.schemes import Scheme, as_scheme
 
 _E4M3 = FORMATS["e4m3"]
@@ -44,12 +45,6 @@ def encode(values: jax.Array, form: Format) -> jax.Array:
     return jnp.asarray(order)[index]
 
 
-def _quotient(x: jax.Array, y: jax.Array | float) -> jax.Array:
-    """`x / y` rounded once, for finite x: XLA would multiply by the rounded reciprocal of a y that it sees to be
-    constant or broadcast, and then weights half way between two codes would go either way."""
-    return x / (y + 0 * x)
-
-
 def _to_range(scale: jax.Array, dtype: np.dtype) -> jax.Array:
     """Scales rounded to `dtype`, kept positive, normal and finite; 1 where they were 0."""
     scale = jnp.where(scale == 0, 1.0, scale)
@@ -64,16 +59,16 @@ def _integer(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Arr
     top = 2**form.bits - 1
     shift = 0 if form.bits < 8 else -128
     if scheme.symmetric:
-        scale = _to_range(_quotient(_reduce_blocks(jnp.abs(w), scheme.block, jnp.max), form.maximum), dtype)
+        scale = _to_range(quotient(_reduce_blocks(jnp.abs(w), scheme.block, jnp.max), form.maximum), dtype)
         half = 2 ** (form.bits - 1)
-        q = jnp.clip(jnp.round(_quotient(w, spread(scale.astype(jnp.float32)))), -half, half - 1)
+        q = jnp.clip(jnp.round(quotient(w, spread(scale.astype(jnp.float32)))), -half, half - 1)
         return dict(codes=(q + half + shift).astype(form.dtype), scale=scale)
     low = _reduce_blocks(jnp.minimum(w, 0), scheme.block, jnp.min)
     high = _reduce_blocks(jnp.maximum(w, 0), scheme.block, jnp.max)
-    scale = _to_range(_quotient(high / 2 - low / 2, top / 2), dtype)  # halves, which don't overflow
+    scale = _to_range(quotient(high / 2 - low / 2, top / 2), dtype)  # halves, which don't overflow
     wide = scale.astype(jnp.float32)
-    zero = jnp.clip(jnp.round(_quotient(-low, wide)), 0, top)
-    q = jnp.clip(jnp.round(_quotient(w, spread(wide))) + spread(zero), 0, top)
+    zero = jnp.clip(jnp.round(quotient(-low, wide)), 0, top)
+    q = jnp.clip(jnp.round(quotient(w, spread(wide))) + spread(zero), 0, top)
     return dict(
         codes=(q + shift).astype(form.dtype),
         scale=scale,
@@ -99,11 +94,11 @@ def _scaled(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Arra
         scale, inverse = _power_of_two(amax, form)
         return dict(codes=encode(w * spread(inverse), form), scale=scale)
     if not scheme.global_scale:
-        scale = _to_range(_quotient(amax, form.maximum), dtype)
-        return dict(codes=encode(_quotient(w, spread(scale.astype(jnp.float32))), form), scale=scale)
-    total = _quotient(jnp.max(amax, axis=(-2, -1)), _E4M3.maximum * form.maximum)
+        scale = _to_range(quotient(amax, form.maximum), dtype)
+        return dict(codes=encode(quotient(w, spread(scale.astype(jnp.float32))), form), scale=scale)
+    total = quotient(jnp.max(amax, axis=(-2, -1)), _E4M3.maximum * form.maximum)
     total = jnp.where(total == 0, 1.0, total)
-    scale = encode(_quotient(_quotient(amax, form.maximum), total[..., None, None]), _E4M3)
+    scale = encode(quotient(quotient(amax, form.maximum), total[..., None, None]), _E4M3)
     step = spread(scale.astype(jnp.float32) * total[..., None, None])
     ratio = jnp.where(step == 0, 0.0, w / jnp.where(step == 0, 1.0, step))
     return dict(codes=encode(ratio, form), scale=scale, global_scale=total)

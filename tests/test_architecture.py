@@ -57,7 +57,8 @@ MAY_IMPORT = {
     "qjax.layouts": Row("qjax.formats"),
     "qjax.qtensor": Row(f"{TENSOR} qjax.dequantize qjax.display"),
     "qjax.dequantize": Row(TENSOR),
-    "qjax.quantize": Row(f"{TENSOR} qjax.dequantize"),
+    "qjax.quotient": Row(),
+    "qjax.quantize": Row(f"{TENSOR} qjax.dequantize qjax.quotient"),
     "qjax.rules": Row("qjax.schemes"),
     "qjax.display": Row(f"{TENSOR} qjax.dequantize", "treescope"),
     # A product, from the door down to the kernel.
@@ -70,7 +71,7 @@ MAY_IMPORT = {
         f"{TENSOR} qjax.activations qjax.dequantize qjax.epilogue qjax.reference qjax.dispatch qjax.devices"
     ),
     "qjax.reference": Row(f"{TENSOR} qjax.activations qjax.dequantize"),
-    "qjax.activations": Row("qjax.formats qjax.schemes"),
+    "qjax.activations": Row("qjax.formats qjax.schemes qjax.quotient"),
     "qjax.epilogue": Row(),
     # Which kernel.
     "qjax.devices": Row(),
@@ -101,9 +102,10 @@ MAY_IMPORT = {
     "qjax.cli.*": Row(f"{PUBLIC} qjax.bench qjax.explain qjax.rules qjax.devices", "rich matplotlib tokenizers"),
     # Kernels know nobody.
     "pallas_kernels": Row(),
-    "pallas_kernels.xla.*": Row(),
-    "pallas_kernels.triton.*": Row(),
-    "pallas_kernels.mosaic.*": Row(),
+    "pallas_kernels.finish": Row(),
+    "pallas_kernels.xla.*": Row("pallas_kernels.finish"),
+    "pallas_kernels.triton.*": Row("pallas_kernels.finish"),
+    "pallas_kernels.mosaic.*": Row("pallas_kernels.finish"),
     "xla_ffi": Row(),
     "xla_ffi.cublaslt.*": Row(),
     "xla_ffi.cpu.*": Row(),

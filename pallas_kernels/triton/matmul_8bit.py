@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.triton.finish import finish_sums
+from pallas_kernels.finish import finish
 from pallas_kernels.triton.tiles import Tile, tile_for
 
 STEP = 128
@@ -198,4 +198,6 @@ def matmul(
     )(*operands)
     if whole:
         return partial[0]
-    return finish_sums(partial, out_dtype, global_scale=None, bias=bias, activation=activation, residual=residual)
+    return finish(
+        partial.sum(axis=0), out_dtype, global_scale=None, bias=bias, activation=activation, residual=residual
+    )

@@ -41,8 +41,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.finish import finish
 from pallas_kernels.triton import columns
-from pallas_kernels.triton.finish import finish_sums
 from pallas_kernels.triton.operand import BLOCK, PLANES, TABLES, operand_pieces, plane_words
 from pallas_kernels.triton.tiles import Tile, packed_tile, smem_of
 
@@ -351,6 +351,6 @@ def matmul(
     )(*operands)
     if whole:
         return partial[0]
-    return finish_sums(
-        partial, out_dtype, global_scale=global_scale, bias=bias, activation=activation, residual=residual
+    return finish(
+        partial.sum(axis=0), out_dtype, global_scale=global_scale, bias=bias, activation=activation, residual=residual
     )

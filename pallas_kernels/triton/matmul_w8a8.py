@@ -15,7 +15,7 @@ Work: programs in bands of 16 tiles along M, so that those that run together sha
         n tiles ->
     m   0 16 32 ...      a program: steps of 128 columns through shared memory (`stages` in flight) into the tensor
     |   1 17 33          cores, x first; below 64 rows of x the weight comes first, since the first operand of a `wgmma`
-    v   :                has 64 rows. With few programs K is shared out (`split_k`) and finish_sums adds the shares
+    v   :                has 64 rows. With few programs K is shared out (`split_k`) and XLA adds the shares
 
 Scales, bias, activation and residual meet the sum in registers: neither int32 sums nor unscaled ones reach memory.
 Scales along K are loaded one step ahead of their use.
@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.triton.finish import finish_sums
+from pallas_kernels.finish import finish
 from pallas_kernels.triton.fp8_dot import fp8_dot
 from pallas_kernels.triton.tiles import Tile
 
@@ -340,4 +340,8 @@ def matmul(
         interpret=interpret,
         name=f"qjax_w8a8_{weight}",
     )(*operands.values())
-    return partial[0] if whole else finish_sums(partial, out_dtype, global_scale=None, activation=activation, **after)
+    return (
+        partial[0]
+        if whole
+        else finish(partial.sum(axis=0), out_dtype, global_scale=None, activation=activation, **after)
+    )

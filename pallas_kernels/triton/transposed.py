@@ -36,8 +36,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.finish import finish
 from pallas_kernels.triton import columns
-from pallas_kernels.triton.finish import finish_sums
 from pallas_kernels.triton.operand import BLOCK, PLANES, operand, operand_pieces, plane_words
 
 
@@ -321,6 +321,6 @@ def matmul(
     )(x, packed, *(columns.as_words(a) for a in entries))
     if whole:
         return partial[0]
-    return finish_sums(
-        partial, out_dtype, global_scale=global_scale, bias=bias, activation=activation, residual=residual
+    return finish(
+        partial.sum(axis=0), out_dtype, global_scale=global_scale, bias=bias, activation=activation, residual=residual
     )

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.triton.finish import finish_sums
+from pallas_kernels.finish import finish
 from pallas_kernels.triton.transposed import Tile
 
 TILE_K = 128
@@ -181,7 +181,11 @@ def matmul(
         interpret=interpret,
         name=f"qjax_{codes.dtype.name}_transposed",
     )(x, codes, scale, *([] if zero_point is None else [zero_point]))
-    return finish_sums(
-        partial, jnp.dtype(out_dtype or x.dtype), global_scale=global_scale, bias=bias, activation=activation,
+    return finish(
+        partial.sum(axis=0),
+        jnp.dtype(out_dtype or x.dtype),
+        global_scale=global_scale,
+        bias=bias,
+        activation=activation,
         residual=residual,
-    )  # fmt: skip
+    )

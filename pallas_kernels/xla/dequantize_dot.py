@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.finish import finish
 from pallas_kernels.xla import unpack
 
 SCRATCH = 512 * 2**20
@@ -41,31 +42,6 @@ def unsupported(
 def configs(m: int, k: int, n: int, **_: Any) -> list[dict[str, int]]:
     """No configurations: XLA tunes the product, and the rest has no choice."""
     return []
-
-
-def finish(
-    y: jax.Array,
-    out_dtype: Any,
-    *,
-    global_scale: jax.Array | None,
-    bias: jax.Array | None,
-    activation: Callable[[jax.Array], jax.Array] | None,
-    residual: jax.Array | None,
-) -> jax.Array:
-    """`residual + activation(global_scale * y + bias)` in float32, rounded once.
-
-    Args:
-      y: float32 `[M, N]`; global_scale: `[]` or `[N]`; bias: `[N]`; residual: `[M, N]`; any but y may be None.
-    """
-    if global_scale is not None:
-        y = y * global_scale.astype(jnp.float32)
-    if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    if activation is not None:
-        y = activation(y)
-    if residual is not None:
-        y = y + residual.astype(jnp.float32)
-    return y.astype(out_dtype)
 
 
 def _rows_at_once(n: int, k: int, itemsize: int, block_n: int) -> int:

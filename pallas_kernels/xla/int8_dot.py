@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.xla.dequantize_dot import finish
+from pallas_kernels.finish import finish
 
 
 def unsupported(

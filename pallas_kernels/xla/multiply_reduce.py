@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.finish import finish
 from pallas_kernels.xla import dequantize_dot, unpack
 
 M_MAX = 4  # rows of x: every one more is two instructions a code, and tensor cores are near
@@ -272,7 +273,7 @@ def matmul(
     Args:
       x: `[M, K]`, M of 1 to 4; float32, bfloat16 or float16.
       config: fields of `Shape`; empty takes `shape_for`.
-      (others: as `unpack.dequantize` and `dequantize_dot.finish`)
+      (others: as `unpack.dequantize` and `pallas_kernels.finish.finish`)
 
     Returns:
       `[M, N]` in `out_dtype`, default x's.
@@ -283,7 +284,7 @@ def matmul(
     else:
         zero = unpack.middle(weight, bits)
         y = _packed_product(x, packed, scale, zero_point, entries, zero, bits, group, block_n, config)
-    return dequantize_dot.finish(
+    return finish(
         y, jnp.dtype(out_dtype or x.dtype), global_scale=global_scale, bias=bias, activation=activation,
         residual=residual,
     )  # fmt: skip

@@ -76,6 +76,9 @@ static_assert(CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F == 0 && CUBLASLT_MATMUL_MA
               CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F == 4 && CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F == 5);
 #endif
 
+// Functions here are static: a static object of an inline one would be shared by every library of a process that has
+// this header, two versions of QJAX or a test's stand-in among them.
+
 // The functions of the library, or why there are none.
 struct Api {
   std::string error;
@@ -97,7 +100,7 @@ struct Api {
                    size_t workspace_size, void* stream) = nullptr;
 };
 
-inline Api FindApi() {
+static Api FindApi() {
   Api api;
   // The copy that JAX has loaded is the one it was tested with; RTLD_NOLOAD finds that one first.
   void* library = nullptr;
@@ -128,14 +131,14 @@ inline Api FindApi() {
   return api;
 }
 
-inline const Api& Get() {
+static const Api& Get() {
   static const Api api = FindApi();
   return api;
 }
 
 // The process's handle for a device, made at first use. cuBLASLt handles may be used by several threads at once; they
 // live as long as the process, since CUDA is gone by the time static objects are destroyed.
-inline Status HandleFor(int32_t device, void** handle) {
+static Status HandleFor(int32_t device, void** handle) {
   static std::mutex mutex;
   static auto& handles = *new std::map<int32_t, void*>();
   std::lock_guard<std::mutex> lock(mutex);

@@ -31,6 +31,7 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     _build("fake_cublaslt.cc", fake)
     include = ("-isystem", jax.ffi.include_dir(), f"-I{SOURCES}", f'-DFAKE_CUBLASLT="{fake}"')
     _build("host_handlers.cc", handlers, *include)
+    library.missing()  # first, so that the handlers proper are in the process too and nothing of theirs may be taken
     jax.devices()  # XLA takes the state's type before the handlers only once its backend is there
     built = ctypes.CDLL(str(handlers))
     library.register_handlers(built, "cpu", execute=built.QjaxHostExecute, initialize=None)

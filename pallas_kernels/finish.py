@@ -1,30 +1,26 @@
-"""Partial sums -> result: the sum over shares of K and the epilogue, in plain JAX, so that XLA makes one fusion of it
-and of whatever elementwise work follows."""
+"""What follows a product and is no kernel's own: plain JAX, of which XLA makes one fusion with whatever comes next."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def finish_sums(
-    partial: jax.Array,
-    out_dtype: jnp.dtype,
+def finish(
+    y: jax.Array,
+    out_dtype: Any,
     *,
     global_scale: jax.Array | None,
     bias: jax.Array | None,
     activation: Callable[[jax.Array], jax.Array] | None,
     residual: jax.Array | None,
 ) -> jax.Array:
-    """`residual + activation(global_scale * sum(partial) + bias)`, in float32, rounded once.
+    """`residual + activation(global_scale * y + bias)` in float32, rounded once.
 
     Args:
-      partial: float32 `[shares, M, N]`.
-      out_dtype: of the result.
-      global_scale: `[]` or `[N]`; bias: `[N]`; residual: `[M, N]`; any may be None.
-      activation: elementwise, or None.
+      y: float32 `[M, N]`; global_scale: `[]` or `[N]`; bias: `[N]`; residual: `[M, N]`; any but y may be None.
     """
-    y = partial.sum(axis=0)
     if global_scale is not None:
         y = y * global_scale.astype(jnp.float32)
     if bias is not None:
