@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from qjax.activations import Rows
 from qjax.epilogue import apply_epilogue
@@ -126,9 +126,15 @@ def _auto(call: Call, tree: Any, shapes: tuple[tuple[tuple[int, ...], np.dtype],
         specs = [a.sharding.spec for a in jax.tree.leaves(arguments)]
         plan = plan_product(axes, leaves, specs, o.w, dict(mesh.shape))
         placed = jax.tree.unflatten(tree, [NamedSharding(mesh, spec) for spec in plan.operands])
+
+        def one_shard(o: Operands) -> jax.Array:
+            # XLA calls back while the caller's `jax.set_mesh` holds; the shard's arrays lie on no mesh.
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                return _one_shard(call, plan, o)
+
         return (
             mesh,
-            functools.partial(_one_shard, call, plan),
+            one_shard,
             NamedSharding(mesh, plan.result),
             (placed,),
         )

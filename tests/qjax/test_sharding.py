@@ -76,6 +76,16 @@ def test_product_and_gradient_equal_one_device(scheme: str, layout: str, kind: A
         assert not [m for m in moved if m[0] != "all-reduce"], moved
 
 
+@pytest.mark.parametrize("layout", ["columns", "rows", "both"])
+def test_axes_that_are_auto_only_inside_of_a_function_give_the_same_product(layout: str):
+    mesh, (kernel, rows) = mesh_of(AxisType.Explicit), LAYOUTS[layout]
+    w = qjax.quantize_array(KERNEL, "w4a16")
+    placed, x = qjax.sharding.shard(w, mesh, kernel), jax.device_put(X, NamedSharding(mesh, rows))
+    with jax.set_mesh(mesh):
+        inside = jax.sharding.auto_axes(qjax.matmul, out_sharding=P())
+        np.testing.assert_allclose(jax.jit(inside)(x, placed), qjax.matmul(X, w), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 def test_fsdp_moves_codes_where_they_weigh_less_than_x(kind: AxisType):
     mesh = mesh_of(kind)

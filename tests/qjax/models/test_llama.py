@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import qjax
 from qjax.checkpoints import CheckpointFiles
 from qjax.models import Llama, load_llama
 from qjax.models.llama import RMSNorm, attend, causal_mask
@@ -142,3 +143,17 @@ def test_a_mesh_gives_the_logits_of_one_device(pylm_folder: Path, reference, kin
         logits, cache = cached(model, ids, model.empty_cache(8, 64))
     shown = np.asarray(logits)[5, reference["positions"]]
     np.testing.assert_allclose(shown, reference["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_quantized_model_on_a_mesh_in_context_gives_the_logits_of_one_device(pylm_folder: Path, reference, kind):
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(kind,))
+    models = [load_llama(CheckpointFiles.open(pylm_folder), dtype=jnp.float32, mesh=m) for m in (None, mesh)]
+    for model in models:
+        qjax.nnx.quantize(model, "w4a16:group_size=64")
+    ids = reference["input_ids"][None]
+    alone = forward(models[0], ids)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(forward(models[1], ids), alone, atol=2e-4, rtol=0)
+        logits, _ = cached(models[1], ids, models[1].empty_cache(1, 64))
+    np.testing.assert_allclose(logits, alone, atol=2e-4, rtol=0)
