@@ -38,9 +38,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    (source / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "build-ffi", source / "scripts")
     pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
     run(*pip, "--wheel-dir", folder, source, cwd=folder)
     (built,) = folder.glob("*.whl")
@@ -78,6 +80,17 @@ def test_the_wheel_holds_every_module_of_the_three_packages_and_their_data(wheel
     assert expected <= shipped, f"not shipped: {sorted(expected - shipped)}"
     strangers = {name for name in shipped - expected if ".dist-info/" not in name}
     assert not strangers, f"shipped, but no part of the packages: {sorted(strangers)}"
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here")
+def test_the_wheel_is_for_one_platform_and_every_python(wheel: Path) -> None:
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = {name for name in archive.namelist() if name.endswith(".so")}
+    assert libraries == {
+        f"{h.parent.relative_to(ROOT)}/libqjax_{h.parent.name}.so" for h in ROOT.glob("xla_ffi/*/handlers.cc")
+    }
 
 
 def test_the_wheel_states_its_version_python_licence_and_jax(wheel: Path, version: str) -> None:
