@@ -85,12 +85,20 @@ def operands(weight: Weight, packed: jax.Array, scale: jax.Array, zero_point: ja
     return [packed, *(columns.as_words(a) for a in entries)]
 
 
-def load(ref: Any, first: tuple[Any, ...], shape: tuple[int, ...], size: tuple[int, ...]) -> jax.Array:
-    """A tile of an array of `size`, zeros past its edges."""
+def load(
+    ref: Any,
+    first: tuple[Any, ...],
+    shape: tuple[int, ...],
+    size: tuple[int, ...],
+    step: tuple[int, ...] | None = None,
+) -> jax.Array:
+    """A tile of an array of `size`, zeros past its edges; tiles reach past those that `step`, the shape by
+    default, does not divide."""
+    step = step or shape
     inside = [
         first[axis] + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < size[axis]
         for axis in range(len(shape))
-        if size[axis] % shape[axis]
+        if size[axis] % step[axis]
     ]
     mask = functools.reduce(jnp.logical_and, inside) if inside else None
     at = ref.at[tuple(pl.ds(*pair) for pair in zip(first, shape, strict=True))]

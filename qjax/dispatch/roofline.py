@@ -74,6 +74,9 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.53, 0.42, 3.6e-6, _H200 + "22 us (int4 g128) at M=1 and 16", m_max=16),
         Efficiency(0.3, 0.42, 3.6e-6, _H200 + "38 us (int4 g128) at M=64, 112 at 256, 870 at 2048"),
     ),
+    ("triton.matmul_tall", "gpu", True): (
+        Efficiency(0.3, 0.42, 3.6e-6, "not yet measured: as matmul_packed, and transposed, which has its form"),
+    ),
     ("triton.matmul_8bit", "gpu", False): (
         Efficiency(0.7, 0.3, 3e-6, _H200 + "28 us (int8) at M=1, 30 at 16", m_max=16),
         Efficiency(0.31, 0.3, 3e-6, _H200 + "64 us (int8) at M=64, 1230 at 2048"),

@@ -54,6 +54,8 @@ PIECES = frozenset({"padded_pieces"})
 # fmt: off
 ROUTES: tuple[Route, ...] = (
     Route("xla.reference", "xla", "qjax.reference"),
+    Route("triton.matmul_tall", "triton", "pallas_kernels.triton.matmul_tall", INTEGERS | TABLES | {"e2m1"},
+          AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=65),
     Route("triton.matmul_packed", "triton", "pallas_kernels.triton.matmul_packed", INTEGERS | TABLES | {"e2m1"},
           AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=1),
     Route("triton.matmul_8bit", "triton", "pallas_kernels.triton.matmul_8bit", BYTES,

@@ -42,7 +42,8 @@ FUSED = 1.25  # times the error of rounding the exact result to its type
 ROUNDED = 2.5  # where something else is rounded to that type too, as the kernel's docstring says
 ROUNDS = {
     "triton.matmul_packed": ("nf4", "fp4"),  # values of the table
-    "triton.transposed": None,  # x times scale
+    "triton.matmul_tall": None,  # the weight
+    "triton.transposed": None,  # the weight
     "triton.transposed_8bit": None,  # x times scale
     "triton.matmul_w8a8": ("e4m3",),  # sums of 512 products, inside the tensor cores
     "cublaslt.matmul": ("e4m3", "e5m2"),  # sums, by fast accumulation
