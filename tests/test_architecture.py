@@ -103,8 +103,9 @@ MAY_IMPORT = {
     # Kernels know nobody.
     "pallas_kernels": Row(),
     "pallas_kernels.finish": Row(),
-    "pallas_kernels.xla.*": Row("pallas_kernels.finish"),
-    "pallas_kernels.triton.*": Row("pallas_kernels.finish"),
+    "pallas_kernels.dense_dot": Row(),
+    "pallas_kernels.xla.*": Row("pallas_kernels.finish pallas_kernels.dense_dot"),
+    "pallas_kernels.triton.*": Row("pallas_kernels.finish pallas_kernels.dense_dot"),
     "pallas_kernels.mosaic.*": Row("pallas_kernels.finish"),
     "xla_ffi": Row(),
     "xla_ffi.cublaslt.*": Row(),

@@ -86,6 +86,9 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.68, 0.42, 3e-6, _H200 + "57 us (int8) at M=256", m_max=256),
         Efficiency(0.7, 0.6, 5e-6, _H200 + "324 us (int8) at M=2048"),
     ),
+    ("triton.dequantize_dot", "gpu", True): (
+        Efficiency(0.5, 0.62, 3e-6, "not yet measured: as xla.dequantize_dot", 2),
+    ),
     ("triton.transposed", "gpu", True): (
         Efficiency(0.31, 0.42, 4e-6, _H200 + "34 us (int4 g128) at M=1, 36 at 16", m_max=16),
         Efficiency(0.24, 0.42, 4e-6, _H200 + "46 us (int4 g128) at M=64, 114 at 256"),

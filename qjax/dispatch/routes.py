@@ -66,6 +66,8 @@ ROUTES: tuple[Route, ...] = (
           AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=1),
     Route("triton.transposed_8bit", "triton", "pallas_kernels.triton.transposed_8bit", BYTES,
           AS_IT_IS, SCALED | {"zero_point"}, GPU, 80, m_min=1),
+    Route("triton.dequantize_dot", "triton", "pallas_kernels.triton.dequantize_dot", INTEGERS | TABLES | {"e2m1"},
+          AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=17),
     Route("xla.multiply_reduce", "xla", "pallas_kernels.xla.multiply_reduce", None,
           AS_IT_IS, SCALED | ZEROS | PIECES | {"codebook"}, GPU, m_min=1, m_max=2),
     Route("xla.dequantize_dot", "xla", "pallas_kernels.xla.dequantize_dot", None,

@@ -46,6 +46,7 @@ ROUNDS = {
     "triton.transposed": None,  # the weight
     "triton.transposed_8bit": None,  # x times scale
     "triton.matmul_w8a8": ("e4m3",),  # sums of 512 products, inside the tensor cores
+    "triton.dequantize_dot": None,  # the weight
     "cublaslt.matmul": ("e4m3", "e5m2"),  # sums, by fast accumulation
     "cublaslt.dense": None,  # the weight
     "xla.dequantize_dot": None,  # the weight
