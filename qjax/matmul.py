@@ -15,11 +15,13 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
-from qjax.activations import Rows, quantize_rows
+from qjax.activations import Rows
 from qjax.epilogue import ACTIVATIONS, apply_epilogue
 from qjax.errors import QTensorError
-from qjax.product import Call, Operands, check_placed, mesh_of, product
+from qjax.partition import mesh_of
+from qjax.product import Call, Operands, check_placed, product
 from qjax.qtensor import QTensor
+from qjax.quantize_call import quantized
 from qjax.schemes import Activation
 
 X_DTYPES = ("float32", "bfloat16", "float16")
@@ -36,7 +38,7 @@ class _Static:
 
 
 def _forward(static: _Static, x: jax.Array, w: QTensor, act_scale: Any, bias: Any, residual: Any) -> jax.Array:
-    rows = quantize_rows(x, static.quantize, act_scale)
+    rows = quantized(x, static.quantize, act_scale, static.call.backend)
     return product(static.call)(Operands(rows, w, bias, residual))
 
 

@@ -63,7 +63,8 @@ MAY_IMPORT = {
     "qjax.display": Row(f"{TENSOR} qjax.dequantize", "treescope"),
     # A product, from the door down to the kernel.
     "qjax.contract": Row(f"{TENSOR} qjax.matmul"),
-    "qjax.matmul": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.product"),
+    "qjax.matmul": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.product qjax.quantize_call"),
+    "qjax.quantize_call": Row(f"{TENSOR} qjax.activations qjax.partition qjax.dispatch"),
     "qjax.product": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.kernel_call"),
     "qjax.partition": Row(TENSOR),
     "qjax.sharding": Row(f"{TENSOR} qjax.partition qjax.contract"),
@@ -82,6 +83,7 @@ MAY_IMPORT = {
     "qjax.dispatch.roofline": Row("qjax.dispatch.problem qjax.devices"),
     "qjax.dispatch.tuning": Row("qjax.dispatch.problem qjax.devices"),
     "qjax.dispatch.choose": Row("qjax.dispatch qjax.devices"),
+    "qjax.dispatch.quantizer": Row("qjax.dispatch qjax.devices qjax.formats qjax.schemes"),
     "qjax.dispatch.explain": Row("qjax.dispatch qjax.devices"),
     # What a user touches.
     "qjax.progress": Row("", "rich"),
@@ -96,7 +98,8 @@ MAY_IMPORT = {
     "qjax.checkpoints.*": Row(f"{TENSOR} qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"),
     "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress", "flax tokenizers"),
     "qjax.bench.*": Row(
-        f"qjax {PRODUCT} qjax.dispatch qjax.activations qjax.kernel_call qjax.lookup qjax.devices qjax.progress",
+        f"qjax {PRODUCT} qjax.dispatch qjax.activations qjax.quantize_call qjax.kernel_call qjax.lookup qjax.devices "
+        "qjax.progress",
         "matplotlib",
     ),
     "qjax.cli.*": Row(f"{PUBLIC} qjax.bench qjax.explain qjax.rules qjax.devices", "rich matplotlib tokenizers"),

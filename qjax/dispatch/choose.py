@@ -21,7 +21,7 @@ from qjax.dispatch import backends, roofline, tuning
 from qjax.dispatch.backends import Selection
 from qjax.dispatch.problem import Problem
 from qjax.dispatch.roofline import Estimate
-from qjax.dispatch.routes import AS_IT_IS, ROUTES, Route
+from qjax.dispatch.routes import AS_IT_IS, ROUTES, Quantizer, Route
 from qjax.errors import BackendError
 
 ABSENT = "backend absent"
@@ -138,7 +138,7 @@ def refusal(route: Route, problem: Problem, device: Device) -> str | None:
 
     A missing folder comes first, then the row, then the kernel's own `unsupported`.
     """
-    if not _is_present(route):
+    if not is_present(route):
         return ABSENT
     problem = seen_by(route, problem)
     reason = _mismatch(route, problem, device)
@@ -214,9 +214,9 @@ def facts(problem: Problem, device: Device) -> dict[str, Any]:
     }
 
 
-def load(route: Route) -> ModuleType:
-    """The module of a route, whose `matmul` runs it."""
-    return importlib.import_module(route.module)
+def load(kernel: Route | Quantizer) -> ModuleType:
+    """The module of a route, whose `matmul` runs it, or of a quantizer."""
+    return importlib.import_module(kernel.module)
 
 
 def possible(device: Device, routes: tuple[Route, ...] = ROUTES) -> tuple[str, ...]:
@@ -226,16 +226,14 @@ def possible(device: Device, routes: tuple[Route, ...] = ROUTES) -> tuple[str, .
         for route in routes
         if (route.platforms is None or device.platform in route.platforms)
         and route.cc_min <= device.cc <= (device.cc if route.cc_max is None else route.cc_max)
-        and _is_present(route)
+        and is_present(route)
     )
     return tuple(dict.fromkeys(fits))
 
 
-def _is_present(route: Route) -> bool:
+def is_present(kernel: Route | Quantizer) -> bool:
     """Whether the module's folder is there, as a package and not as a left-over `__pycache__`."""
-    if route.is_reference:
-        return True
-    parts = route.module.split(".")[:-1]
+    parts = kernel.module.split(".")[:-1]
     folders = (".".join(parts[: i + 1]) for i in range(len(parts)))
     # From the outermost inwards: to look for a folder inside a missing one raises.
     return all(_is_package(folder) for folder in folders)
