@@ -28,6 +28,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dense_dot import cut_rows, dense_dot
 from pallas_kernels.finish import finish
+from pallas_kernels.result import result
 from pallas_kernels.triton import weight_tile
 from pallas_kernels.triton.operand import BLOCK
 from pallas_kernels.triton.weight_tile import Weight
@@ -85,7 +86,7 @@ def dequantize(
     return pl.pallas_call(
         functools.partial(_kernel, of, blocks),
         grid=(-(-k // (blocks * BLOCK)), -(-of.n // _ROWS)),
-        out_shape=jax.ShapeDtypeStruct((of.n, k), dtype),
+        out_shape=result((of.n, k), dtype, packed, scale),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
         name=f"qjax_{weight}_dequantize",

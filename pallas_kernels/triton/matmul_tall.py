@@ -34,6 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.finish import finish
+from pallas_kernels.result import result
 from pallas_kernels.triton import weight_tile
 from pallas_kernels.triton.operand import BLOCK
 from pallas_kernels.triton.tiles import Tile
@@ -171,7 +172,7 @@ def matmul(
         functools.partial(_kernel, _Plan(m, k, of, tile)),
         # neighbours share their rows of the weight, which come from memory once
         grid=(-(-m // tile.tile_m), -(-n // tile.tile_n), tile.split_k),
-        out_shape=jax.ShapeDtypeStruct((tile.split_k, m, n), out_dtype if whole else jnp.float32),
+        out_shape=result((tile.split_k, m, n), out_dtype if whole else jnp.float32, x, packed, scale),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name=f"qjax_{weight}_tall",

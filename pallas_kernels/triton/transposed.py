@@ -37,6 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.finish import finish
+from pallas_kernels.result import result
 from pallas_kernels.triton import weight_tile
 from pallas_kernels.triton.operand import BLOCK
 from pallas_kernels.triton.weight_tile import Weight
@@ -203,7 +204,7 @@ def matmul(
     partial = pl.pallas_call(
         functools.partial(_kernel, _Plan(m, of, tile)),
         grid=(-(-m // tile.tile_m), -(-blocks // tile.blocks), tile.split_n),
-        out_shape=jax.ShapeDtypeStruct((tile.split_n, m, blocks * BLOCK), out_dtype if whole else jnp.float32),
+        out_shape=result((tile.split_n, m, blocks * BLOCK), out_dtype if whole else jnp.float32, x, packed, scale),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name=f"qjax_{weight}_transposed",
