@@ -203,7 +203,9 @@ def matmul(
       activation: "relu", "silu", "gelu" (exact) or "gelu_tanh".
       residual: `[*stack, ..., N]`, added after the activation.
       out_dtype: of the result; default x's.
-      backend: the kernel family to use, or a name from a Hugging Face config; default the fastest that can.
+      backend: the kernel family to use, one kernel ("triton.matmul_tall"), one in a configuration
+        ("xla.multiply_reduce:copy_x=0,rows=1,shares=1"), or a name from a Hugging Face config; default the fastest that
+        can. Gradients take a kernel's family.
 
     Returns:
       `[*stack, ..., N]`.

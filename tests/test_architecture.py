@@ -94,7 +94,9 @@ MAY_IMPORT = {
     "qjax.checkpoints.load": Row(f"{TENSOR} qjax.checkpoints qjax.models qjax.devices qjax.sharding"),
     "qjax.checkpoints.save": Row(f"{TENSOR} qjax.checkpoints qjax.models", "flax"),
     "qjax.linen.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup", "flax"),
-    "qjax.nnx.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress", "flax"),
+    "qjax.nnx.*": Row(
+        f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress qjax.dispatch", "flax"
+    ),
     "qjax.checkpoints.*": Row(f"{TENSOR} qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"),
     "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress", "flax tokenizers"),
     "qjax.bench.*": Row(

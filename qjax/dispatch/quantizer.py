@@ -27,13 +27,13 @@ def choose_quantizer(
       backend: as `choose` takes it: who asks for "xla" has XLA here, too.
     """
     name = backend or backends.override.value or "auto"
-    return _choose(activation, k, devices.current() if device is None else device, name.lower())
+    return _choose(activation, k, devices.current() if device is None else device, name)
 
 
 @functools.lru_cache(maxsize=1024)
 def _choose(activation: Activation, k: int, device: Device, name: str) -> Quantizer | None:
     # an unknown name is the product's to report
-    if activation.mode == "static" or k == 0 or backends.NAMES.get(name, Selection(None)).backend == "xla":
+    if activation.mode == "static" or k == 0 or (backends.selection(name) or Selection(None)).backend == "xla":
         return None
     return next((row for row in QUANTIZERS if _can(row, activation, k, device)), None)
 
