@@ -2,13 +2,16 @@
 
     python benchmarks/gemm.py --commit REVISION            writes results/gemm-<device>.json, the most important first
     python benchmarks/gemm.py --draw results/gemm-h200.json    draws a file, on any machine: results/gemm-h200.png
+    python benchmarks/gemm.py --rehearse                   a few small products on any machine, none of them kept
 
-Stops in time (`--budget`), and goes on where the file stopped when it is run again. docs/benchmarks.md says how it is
+Stops in time (`--limit`), and goes on where the file stopped when it is run again. docs/benchmarks.md says how it is
 measured.
 """
 
 import argparse
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from qjax.bench.cases import (
 from qjax.bench.gemm import bench_gemm
 from qjax.bench.machine import describe_machine, revision
 from qjax.bench.predict import predict
-from qjax.bench.programs import FULL, QUICK
+from qjax.bench.programs import FULL, QUICK, Effort
 from qjax.bench.records import Record, Results, read
 from qjax.dispatch.tuning import file_name
 
@@ -49,13 +52,15 @@ STAGES = (
     (SCHEMES, ROWS, SHAPES),
     (MORE_SCHEMES, MAIN_ROWS, MAIN_SHAPES),
 )
+REHEARSAL = (("w4a16,w8a8_int8", "1,130", "512x256"),)
+SHORTEST = Effort(seconds=0.001, most_calls=8, runs=2, weights=2)
 
 
-def stages() -> list[Case]:
+def stages(of: Sequence[tuple[str, str, str]] = STAGES) -> list[Case]:
     """The cases of all stages, each once."""
     backends = parse_backends(BACKENDS)
     found: dict[Case, None] = {}
-    for schemes, rows, shapes in STAGES:
+    for schemes, rows, shapes in of:
         found |= dict.fromkeys(cases_of(parse_schemes(schemes), backends, parse_rows(rows), parse_shapes(shapes)))
     return list(found)
 
@@ -91,29 +96,37 @@ def draw(path: Path) -> Path:
     return out
 
 
+def measure(cases: list[Case], path: Path, effort: Effort, limit: float, commit: str | None) -> None:
+    """Adds to a file what it lacks of the cases, as far as the seconds allow."""
+    started = time.monotonic()
+    results = Results(path, describe_machine(), commit or revision())
+    print(results.header, flush=True)
+    bench_gemm(cases, results, effort=effort, budget=limit - (time.monotonic() - started), report=tell)
+    missing = [case for case in cases if case.key not in results]
+    failed = len(results.failures)
+    print(f"{path}: {len(cases) - len(missing)} of {len(cases)} records, {failed} that a backend cannot make")
+
+
 def main() -> None:
     """Measures, or draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="default: results/gemm-<device>.json")
-    parser.add_argument("--budget", type=float, default=450.0, help="seconds; default: %(default)g")
+    parser.add_argument("--limit", type=float, default=450.0, help="seconds; default: %(default)g")
     parser.add_argument("--commit", help="the revision to record; default: git's")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
+    parser.add_argument("--rehearse", action="store_true", help="small products, to see that it runs")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw FILE instead of measuring")
     args = parser.parse_args()
     if args.draw is not None:
         print(draw(args.draw))
         return
     logging.set_verbosity(logging.INFO)
-    started = time.monotonic()
+    if args.rehearse:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(stages(REHEARSAL), Path(folder) / "gemm.json", SHORTEST, args.limit, args.commit)
+        return
     path = args.json or RESULTS / file_name(f"gemm-{devices.current().name}")
-    results = Results(path, describe_machine(), args.commit or revision())
-    print(results.header, flush=True)
-    cases = stages()
-    left = args.budget - (time.monotonic() - started)
-    bench_gemm(cases, results, effort=QUICK if args.quick else FULL, budget=left, report=tell)
-    missing = [case for case in cases if case.key not in results]
-    failed = len(results.failures)
-    print(f"{path}: {len(cases) - len(missing)} of {len(cases)} records, {failed} that a backend cannot make")
+    measure(stages(), path, QUICK if args.quick else FULL, args.limit, args.commit)
 
 
 if __name__ == "__main__":

@@ -42,13 +42,16 @@ def _spread(scale: jax.Array, k: int) -> jax.Array:
     return wide if k == wide.shape[-1] else wide[..., :k]
 
 
-def quantize_rows(x: jax.Array, activation: Activation | None, act_scale: jax.Array | None) -> Rows:
+def quantize_rows(
+    x: jax.Array, activation: Activation | None, act_scale: jax.Array | None, k_over: tuple[str, ...] = ()
+) -> Rows:
     """Quantizes x as the scheme asks.
 
     Args:
       x: float `[..., K]`.
       activation: None leaves x alone.
       act_scale: float32, broadcastable against `x[..., :1]`: the scale where `activation.mode` is static.
+      k_over: inside a shard_map, the mesh axes that K is cut over: a token's scale is that of all its parts.
 
     Returns:
       Rows; a scale of a whole tensor is repeated for each row, so that rows can be cut anywhere.
@@ -61,7 +64,8 @@ def quantize_rows(x: jax.Array, activation: Activation | None, act_scale: jax.Ar
         assert act_scale is not None, "checked in qjax.matmul"
         scale = jnp.broadcast_to(act_scale.astype(jnp.float32), (*x.shape[:-1], 1))
     else:
-        scale = quotient(_amax(wide, activation), form.maximum)
+        amax = _amax(wide, activation)
+        scale = quotient(jax.lax.pmax(amax, k_over) if k_over else amax, form.maximum)
         scale = jnp.where(scale == 0, 1.0, scale)
     ratio = quotient(wide, _spread(scale, x.shape[-1]))
     if form.kind == "int":

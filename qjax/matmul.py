@@ -15,11 +15,13 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
-from qjax.activations import Rows, quantize_rows
+from qjax.activations import Rows
 from qjax.epilogue import ACTIVATIONS, apply_epilogue
 from qjax.errors import QTensorError
-from qjax.product import Call, Operands, check_placed, mesh_of, product
+from qjax.partition import mesh_of
+from qjax.product import Call, Operands, check_placed, product
 from qjax.qtensor import QTensor
+from qjax.quantize_call import quantized
 from qjax.schemes import Activation
 
 X_DTYPES = ("float32", "bfloat16", "float16")
@@ -36,7 +38,7 @@ class _Static:
 
 
 def _forward(static: _Static, x: jax.Array, w: QTensor, act_scale: Any, bias: Any, residual: Any) -> jax.Array:
-    rows = quantize_rows(x, static.quantize, act_scale)
+    rows = quantized(x, static.quantize, act_scale, static.call.backend)
     return product(static.call)(Operands(rows, w, bias, residual))
 
 
@@ -201,7 +203,9 @@ def matmul(
       activation: "relu", "silu", "gelu" (exact) or "gelu_tanh".
       residual: `[*stack, ..., N]`, added after the activation.
       out_dtype: of the result; default x's.
-      backend: the kernel family to use, or a name from a Hugging Face config; default the fastest that can.
+      backend: the kernel family to use, one kernel ("triton.matmul_tall"), one in a configuration
+        ("xla.multiply_reduce:copy_x=0,rows=1,shares=1"), or a name from a Hugging Face config; default the fastest that
+        can. Gradients take a kernel's family.
 
     Returns:
       `[*stack, ..., N]`.

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from qjax.errors import ShardingError
 from qjax.layouts import BLOCK
@@ -125,6 +125,21 @@ class Plan:
     operands: tuple[PartitionSpec, ...]
     result: PartitionSpec
     sum_over: Names
+
+
+def mesh_of(leaves: list[jax.Array]) -> tuple[Any, AxisType | None]:
+    """The mesh that the arrays' types or the context name, and its one kind of axis (None: no mesh).
+
+    Raises:
+      NotImplementedError: a mesh of several kinds, partly manual ones among them.
+    """
+    meshes = [jax.typeof(a).sharding.mesh for a in leaves]
+    mesh = next((m for m in meshes if not m.empty), jax.sharding.get_abstract_mesh())
+    kinds = set(mesh.axis_types) if not mesh.empty else set()
+    if len(kinds) > 1:
+        names = dict(zip(mesh.axis_names, (t.name for t in mesh.axis_types), strict=True))
+        raise NotImplementedError(f"products on a mesh of mixed axis types {names}; make all Auto, Explicit or Manual")
+    return mesh, next(iter(kinds), None)
 
 
 def spec_of(labels: Labels, shape: tuple[int, ...], cut: Mapping[str, Names]) -> PartitionSpec:

@@ -26,7 +26,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from qjax.activations import Rows
 from qjax.epilogue import apply_epilogue
 from qjax.kernel_call import call_kernel
-from qjax.partition import Axes, Plan, plan_product, product_axes, shardy_rule
+from qjax.partition import Axes, Plan, mesh_of, plan_product, product_axes, shardy_rule
 from qjax.qtensor import QTensor
 
 
@@ -161,21 +161,6 @@ def _explicit(call: Call, o: Operands, mesh: Any) -> jax.Array:
         check_vma=False,
     )
     return cut(jax.tree.unflatten(tree, placed))
-
-
-def mesh_of(leaves: list[jax.Array]) -> tuple[Any, AxisType | None]:
-    """The mesh that the arrays' types or the context name, and its one kind of axis (None: no mesh).
-
-    Raises:
-      NotImplementedError: a mesh of several kinds, partly manual ones among them.
-    """
-    meshes = [jax.typeof(a).sharding.mesh for a in leaves]
-    mesh = next((m for m in meshes if not m.empty), jax.sharding.get_abstract_mesh())
-    kinds = set(mesh.axis_types) if not mesh.empty else set()
-    if len(kinds) > 1:
-        names = dict(zip(mesh.axis_names, (t.name for t in mesh.axis_types), strict=True))
-        raise NotImplementedError(f"products on a mesh of mixed axis types {names}; make all Auto, Explicit or Manual")
-    return mesh, next(iter(kinds), None)
 
 
 def check_placed(call: Call, o: Operands) -> None:

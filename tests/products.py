@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from qjax.activations import Rows, quantize_rows
+from qjax.activations import Rows
 from qjax.devices import Device
 from qjax.dispatch.choose import refusal
 from qjax.dispatch.problem import Problem
@@ -27,6 +27,7 @@ from qjax.formats import FORMATS
 from qjax.kernel_call import problem_of, run_route
 from qjax.qtensor import QTensor
 from qjax.quantize import quantize_array
+from qjax.quantize_call import quantized
 from qjax.schemes import parse_scheme
 
 ACTIVATION = "silu"  # of a product with an epilogue
@@ -150,7 +151,7 @@ def program(route: Route, product: Product, config: dict[str, Any] | None = None
     activation = None if product.transposed else product.weight.scheme.activation
 
     def run(o: Operands) -> tuple[jax.Array, Rows]:
-        rows = quantize_rows(o.x, activation, None if o.w.act_scale is None else o.w.act_scale[..., None, None])
+        rows = quantized(o.x, activation, None if o.w.act_scale is None else o.w.act_scale[..., None, None], None)
         w = dataclasses.replace(o.w, act_scale=None)
         return run_route(route, config or {}, rows, w, product.problem, bias=o.bias, residual=o.residual), rows
 

@@ -63,7 +63,8 @@ MAY_IMPORT = {
     "qjax.display": Row(f"{TENSOR} qjax.dequantize", "treescope"),
     # A product, from the door down to the kernel.
     "qjax.contract": Row(f"{TENSOR} qjax.matmul"),
-    "qjax.matmul": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.product"),
+    "qjax.matmul": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.product qjax.quantize_call"),
+    "qjax.quantize_call": Row(f"{TENSOR} qjax.activations qjax.partition qjax.dispatch"),
     "qjax.product": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.kernel_call"),
     "qjax.partition": Row(TENSOR),
     "qjax.sharding": Row(f"{TENSOR} qjax.partition qjax.contract"),
@@ -82,6 +83,7 @@ MAY_IMPORT = {
     "qjax.dispatch.roofline": Row("qjax.dispatch.problem qjax.devices"),
     "qjax.dispatch.tuning": Row("qjax.dispatch.problem qjax.devices"),
     "qjax.dispatch.choose": Row("qjax.dispatch qjax.devices"),
+    "qjax.dispatch.quantizer": Row("qjax.dispatch qjax.devices qjax.formats qjax.schemes"),
     "qjax.dispatch.explain": Row("qjax.dispatch qjax.devices"),
     # What a user touches.
     "qjax.progress": Row("", "rich"),
@@ -92,20 +94,25 @@ MAY_IMPORT = {
     "qjax.checkpoints.load": Row(f"{TENSOR} qjax.checkpoints qjax.models qjax.devices qjax.sharding"),
     "qjax.checkpoints.save": Row(f"{TENSOR} qjax.checkpoints qjax.models", "flax"),
     "qjax.linen.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup", "flax"),
-    "qjax.nnx.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress", "flax"),
+    "qjax.nnx.*": Row(
+        f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress qjax.dispatch", "flax"
+    ),
     "qjax.checkpoints.*": Row(f"{TENSOR} qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"),
     "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress", "flax tokenizers"),
     "qjax.bench.*": Row(
-        f"qjax {PRODUCT} qjax.dispatch qjax.activations qjax.kernel_call qjax.lookup qjax.devices qjax.progress",
+        f"qjax {PRODUCT} qjax.dispatch qjax.activations qjax.quantize_call qjax.kernel_call qjax.lookup qjax.devices "
+        "qjax.progress",
         "matplotlib",
     ),
     "qjax.cli.*": Row(f"{PUBLIC} qjax.bench qjax.explain qjax.rules qjax.devices", "rich matplotlib tokenizers"),
     # Kernels know nobody.
     "pallas_kernels": Row(),
     "pallas_kernels.finish": Row(),
-    "pallas_kernels.xla.*": Row("pallas_kernels.finish"),
-    "pallas_kernels.triton.*": Row("pallas_kernels.finish"),
-    "pallas_kernels.mosaic.*": Row("pallas_kernels.finish"),
+    "pallas_kernels.dense_dot": Row(),
+    "pallas_kernels.xla.*": Row("pallas_kernels.finish pallas_kernels.dense_dot"),
+    "pallas_kernels.result": Row(),
+    "pallas_kernels.triton.*": Row("pallas_kernels.finish pallas_kernels.result pallas_kernels.dense_dot"),
+    "pallas_kernels.mosaic.*": Row("pallas_kernels.finish pallas_kernels.result"),
     "xla_ffi": Row(),
     "xla_ffi.cublaslt.*": Row(),
     "xla_ffi.cpu.*": Row(),

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.finish import finish
+from pallas_kernels.result import result
 from pallas_kernels.triton.tiles import Tile, tile_for
 
 STEP = 128
@@ -191,7 +192,7 @@ def matmul(
         functools.partial(_kernel, plan),
         # neighbours share their rows of the weight, which come from memory once; x is small and stays in the L2
         grid=(-(-m // tile.tile_m), -(-n // tile.tile_n), tile.split_k),
-        out_shape=jax.ShapeDtypeStruct((tile.split_k, m, n), out_dtype if whole else jnp.float32),
+        out_shape=result((tile.split_k, m, n), out_dtype if whole else jnp.float32, *operands),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name=f"qjax_{codes.dtype.name}_matmul",

@@ -39,6 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.finish import finish
+from pallas_kernels.result import result
 from pallas_kernels.triton.fp8_dot import fp8_dot
 from pallas_kernels.triton.tiles import Tile
 
@@ -335,7 +336,7 @@ def matmul(
     partial = pl.pallas_call(
         functools.partial(_kernel, plan, tuple(operands), activation if whole else None),
         grid=(-(-m // tile.tile_m) * -(-n // tile.tile_n), tile.split_k),
-        out_shape=jax.ShapeDtypeStruct((tile.split_k, m, n), out_dtype if whole else jnp.float32),
+        out_shape=result((tile.split_k, m, n), out_dtype if whole else jnp.float32, *operands.values()),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name=f"qjax_w8a8_{weight}",

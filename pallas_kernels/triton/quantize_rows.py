@@ -20,6 +20,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.result import result
+
 WIDEST = 32768  # elements that a program holds in registers
 _TOP = {"int8": 127.0, "float8_e4m3fn": 448.0}
 _ROUNDER = 1.5 * 2**23  # v + this has v, rounded half to even, in its low bits while |v| < 2^22
@@ -78,7 +80,7 @@ def quantize_rows(x: jax.Array, dtype: Any, unit: int, *, interpret: bool = Fals
     return pl.pallas_call(
         functools.partial(_kernel, k, unit, units, width),
         grid=(m, -(-columns // units)),
-        out_shape=(jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((m, columns), jnp.float32)),
+        out_shape=(result((m, k), dtype, x), result((m, columns), jnp.float32, x)),
         compiler_params=plgpu.CompilerParams(num_warps=min(32, max(4, units * width // 1024))),
         interpret=interpret,
         name="qjax_quantize_rows",

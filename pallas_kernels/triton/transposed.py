@@ -37,8 +37,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.finish import finish
-from pallas_kernels.triton import columns
-from pallas_kernels.triton.operand import BLOCK, PLANES, operand, operand_pieces, plane_words
+from pallas_kernels.result import result
+from pallas_kernels.triton import weight_tile
+from pallas_kernels.triton.operand import BLOCK
+from pallas_kernels.triton.weight_tile import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +73,7 @@ def unsupported(
         return "it multiplies by the weight's transpose, as gradients do"
     if x_format is not None or x_dtype not in ("bfloat16", "float16"):
         return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
-    if block_n not in (1, n) or (block_n == n != 1 and group < k):
-        return f"its scales belong to one row or to all, not to {block_n} rows"
-    if group < k and group not in (16, 32, 64) and group % BLOCK:
-        return f"groups of {group}: it knows 16, 32, 64 and multiples of 128"
-    if x_dtype == "float16" and scale_dtype == "float8_e8m0fnu":
-        return "e8m0 scales exceed the range of float16"
-    return None
+    return weight_tile.unsupported(group=group, k=k, n=n, block_n=block_n, x_dtype=x_dtype, scale_dtype=scale_dtype)
 
 
 _SHORTEST_SHARE = 4  # steps that are worth a program
@@ -136,132 +132,31 @@ def tile_for(m: int, n: int, blocks: int, sms: int) -> Tile:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Static facts of one call."""
+    """Static facts of one call: rows of x, the weight, the configuration."""
 
     m: int
-    n: int
-    blocks: int  # of the weight
-    weight: str
-    bits: int
-    group: int  # elements that share a scale; all of K, rounded up, where a row has one
-    scale: str | None  # dtype of the scales; None where there is one for all, left to the finish
-    zero_point: str | None  # dtype of the zero points
-    one_row: bool  # one zero point for all rows
+    weight: Weight
     tile: Tile
-    interpret: bool
-
-    @property
-    def per_block(self) -> int:
-        """Groups in a block of 128."""
-        return max(1, BLOCK // self.group)
 
 
-def _load(ref: Any, first: tuple[Any, ...], shape: tuple[int, ...], size: tuple[int, ...]) -> jax.Array:
-    """A tile of an array of `size`, zeros past its edges."""
-    inside = [
-        first[axis] + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < size[axis]
-        for axis in range(len(shape))
-        if size[axis] % shape[axis]
-    ]
-    mask = functools.reduce(jnp.logical_and, inside) if inside else None
-    at = ref.at[tuple(pl.ds(*pair) for pair in zip(first, shape, strict=True))]
-    return plgpu.load(at, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
-
-
-def _entries(plan: _Plan, ref: Any, dtype: str, rows: jax.Array, column: jax.Array, group: jax.Array) -> jax.Array:
-    """Scales or zero points of a step.
-
-    Args:
-      rows: `[R]`, rows of the weight.
-      column: of programs, each `blocks` blocks wide.
-      group: int32 `[R, C]`, for each of C results the group inside the program's blocks.
-
-    Returns:
-      float32 `[R, C]`, or `[R, 1]` where the program's blocks are in one group.
-    """
-    rows = jnp.zeros_like(rows) if plan.one_row else rows
-    share = plan.group // plan.tile.blocks  # `columns` counts by blocks of 128, each a program's share of the columns
-    return columns.read(ref, dtype, rows, column, share, None if share >= BLOCK else group)
-
-
-def _shifted_and_scaled(values: jax.Array, shift: jax.Array, scale: jax.Array, interpret: bool) -> jax.Array:
-    """`(values + shift) * scale` in the values' type, rounded after either step; pairs of values in a register."""
-    shift, scale = (jnp.broadcast_to(a.astype(values.dtype), values.shape) for a in (shift, scale))
-    if interpret:
-        return (values + shift) * scale
-    pair, one = {"bfloat16": ("bf16x2", 0x3F80), "float16": ("f16x2", 0x3C00)}[values.dtype.name]
-    (found,) = plgpu.elementwise_inline_asm(
-        f"{{ .reg .b32 v, o, z; mov.b32 o, {one * 0x10001}; mov.b32 z, 0x80008000; "
-        f"fma.rn.{pair} v, $1, o, $2; fma.rn.{pair} $0, v, $3, z; }}",
-        args=[values, shift, scale], constraints="=r,r,r,r", pack=2,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, values.dtype)],
-    )  # fmt: skip
-    return found
-
-
-def _values(
-    plan: _Plan, step: jax.Array, column: jax.Array, w_ref: Any, s_ref: Any, z_ref: Any, dtype: str
-) -> jax.Array:
-    """The weight of one step and column of programs in `dtype`, `[tile_n, blocks * 128]`."""
-    tile, height = plan.tile, plan.tile.tile_n * plan.tile.blocks  # a row for each block
-    first = step * tile.tile_n
-    row = jnp.arange(height)
-    rows = jnp.minimum(first + row // tile.blocks, plan.n - 1)
-    first_group = (row % tile.blocks * plan.per_block)[:, None]
-
-    def of_values(ref: Any, name: str) -> jax.Array:
-        inside = jax.lax.broadcasted_iota(jnp.int32, (1, BLOCK), 1) // plan.group
-        return _entries(plan, ref, name, rows, column, first_group + (inside if plan.per_block > 1 else 0))
-
-    def of_words() -> list[jax.Array]:
-        """Scales for the words at each shift, t_low."""
-        wide = PLANES[plan.bits][0]
-        shifts = 16 // wide
-        high = jax.lax.broadcasted_iota(jnp.int32, (1, 4 * wide), 1) % wide
-        groups = [first_group + (high * shifts + low) * 8 // plan.group for low in range(shifts)]
-        return [_entries(plan, s_ref, plan.scale or "", rows, column, group) for group in groups]
-
-    planes = [
-        _load(
-            w_ref, (first, column * tile.blocks, word), (tile.tile_n, tile.blocks, words),
-            (plan.n, plan.blocks, word + words),
-        ).reshape(height, words)
-        for word, words in plane_words(plan.bits)
-    ]  # fmt: skip
-    read = functools.partial(operand, planes, plan.weight, plan.bits, dtype, interpret=plan.interpret)
-    if z_ref is None:
-        values = read(None if plan.scale is None else of_words())
-    elif plan.per_block == 1 and plan.zero_point == "int8":
-        scales = None if plan.scale is None else [of_values(s_ref, plan.scale)]
-        zeros = [of_values(z_ref, plan.zero_point)]
-        (values,) = operand_pieces(planes, plan.weight, plan.bits, dtype, 1, scales, zeros, plan.interpret)
-    else:
-        shift = 2.0 ** (plan.bits - 1) - of_values(z_ref, plan.zero_point or "")
-        scale = jnp.ones((1, 1)) if plan.scale is None else of_values(s_ref, plan.scale)
-        values = _shifted_and_scaled(read(), shift, scale, plan.interpret)
-    return values.reshape(tile.tile_n, tile.blocks * BLOCK)
-
-
-def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, *refs: Any) -> None:
+def _kernel(plan: _Plan, x_ref: Any, *refs: Any) -> None:
     """One program: see the module's docstring."""
-    tile, out_ref = plan.tile, refs[-1]
-    rest = iter(refs[:-1])
-    s_ref = None if plan.scale is None else next(rest)
-    z_ref = None if plan.zero_point is None else next(rest)
+    tile, weight, out_ref = plan.tile, plan.weight, refs[-1]
+    parts = weight.refs(refs)
     first_x, column = pl.program_id(0) * tile.tile_m, pl.program_id(1)
     shape = (tile.tile_m, tile.blocks * BLOCK)
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
-        values = _values(plan, i, column, w_ref, s_ref, z_ref, x_ref.dtype.name)
-        x = _load(x_ref, (first_x, i * tile.tile_n), (tile.tile_m, tile.tile_n), (plan.m, plan.n))
+        values = weight_tile.values(weight, parts, i, column, (tile.tile_n, tile.blocks), x_ref.dtype.name)
+        x = weight_tile.load(x_ref, (first_x, i * tile.tile_n), (tile.tile_m, tile.tile_n), (plan.m, weight.n))
         return total + plgpu.dot(x, values)
 
-    steps, first_k = -(-plan.n // tile.tile_n), column * tile.blocks * BLOCK
+    steps, first_k = -(-weight.n // tile.tile_n), column * tile.blocks * BLOCK
     share = -(-steps // tile.split_n)
     start = pl.program_id(2) * share
     total = jax.lax.fori_loop(start, jnp.minimum(start + share, steps), step, jnp.zeros(shape, jnp.float32))
     live = first_x + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < plan.m
-    live &= first_k + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < plan.blocks * BLOCK
+    live &= first_k + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < weight.blocks * BLOCK
     out = out_ref.at[pl.program_id(2), pl.ds(first_x, shape[0]), pl.ds(first_k, shape[1])]
     plgpu.store(out, total.astype(out_ref.dtype), mask=live)
 
@@ -302,23 +197,18 @@ def matmul(
     if scale.size == 1:
         global_scale = scale.reshape(()).astype(jnp.float32) * (1.0 if global_scale is None else global_scale)
     tile = Tile(**config) if config else tile_for(m, n, blocks, sms)
-    plan = _Plan(
-        m, n, blocks, weight, packed.shape[2] // 4, group if scale.shape[1] > 1 else 2 * blocks * BLOCK,
-        None if scale.size == 1 else scale.dtype.name, None if zero_point is None else zero_point.dtype.name,
-        scale.shape[0] == 1, tile, interpret,
-    )  # fmt: skip
-    assert plan.group <= BLOCK or plan.group % (tile.blocks * BLOCK) == 0, (plan.group, tile)
+    of = weight_tile.describe(packed, scale, zero_point, weight, group, interpret)
+    assert of.group <= BLOCK or of.group % (tile.blocks * BLOCK) == 0, (of.group, tile)
     whole = tile.split_n == 1 and all(v is None for v in (global_scale, bias, activation, residual))
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    entries = ([] if plan.scale is None else [scale]) + ([] if zero_point is None else [zero_point])
     partial = pl.pallas_call(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, _Plan(m, of, tile)),
         grid=(-(-m // tile.tile_m), -(-blocks // tile.blocks), tile.split_n),
-        out_shape=jax.ShapeDtypeStruct((tile.split_n, m, blocks * BLOCK), out_dtype if whole else jnp.float32),
+        out_shape=result((tile.split_n, m, blocks * BLOCK), out_dtype if whole else jnp.float32, x, packed, scale),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name=f"qjax_{weight}_transposed",
-    )(x, packed, *(columns.as_words(a) for a in entries))
+    )(x, *weight_tile.operands(of, packed, scale, zero_point))
     if whole:
         return partial[0]
     return finish(

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.finish import finish
+from pallas_kernels.result import result
 from pallas_kernels.triton.transposed import Tile
 
 TILE_K = 128
@@ -176,7 +177,7 @@ def matmul(
     partial = pl.pallas_call(
         functools.partial(_kernel, plan),
         grid=(-(-m // tile.tile_m), -(-k // TILE_K), tile.split_n),
-        out_shape=jax.ShapeDtypeStruct((tile.split_n, m, k), jnp.float32),
+        out_shape=result((tile.split_n, m, k), jnp.float32, x, codes, scale),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name=f"qjax_{codes.dtype.name}_transposed",

@@ -16,7 +16,6 @@ import jax
 from absl import logging
 
 from qjax import devices
-from qjax.activations import quantize_rows
 from qjax.bench.exact import compare, rows_of
 from qjax.bench.operands import Operands, product_of
 from qjax.bench.programs import Effort, Program, build, build_all, one_line
@@ -30,6 +29,7 @@ from qjax.errors import QJaxError
 from qjax.kernel_call import run_route
 from qjax.progress import track
 from qjax.qtensor import QTensor
+from qjax.quantize_call import quantized
 from qjax.schemes import Scheme
 
 TUNING = Effort(seconds=0.01, most_calls=1000, runs=9, weights=16)
@@ -187,7 +187,7 @@ def tune_one(task: Task, operands: Operands, most_configs: int | None = None) ->
 
 def _builder(task: Task, problem: Problem, config: Config, operands: Operands) -> Callable[[], Program]:
     def product(x: jax.Array, w: QTensor) -> jax.Array:
-        return run_route(task.route, config, quantize_rows(x, w.scheme.activation, w.act_scale), w, problem)
+        return run_route(task.route, config, quantized(x, w.scheme.activation, w.act_scale, None), w, problem)
 
     ws = operands.weights(task.scheme)
     xs = operands.rows(task.m, len(ws))

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write records, and go on where FILE stopped")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speedups and the roofline as a PNG")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing new after that")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin nothing new after that")
     parser.add_argument("--commit", help="the revision to record; default: git's")
 
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     schemes, rows, shapes = sizes_of(args)
     wanted = cases.cases_of(schemes, cases.parse_backends(args.backends), rows, shapes)
     results = Results(args.json, describe_machine(), args.commit or revision())
-    bench_gemm(wanted, results, effort=QUICK if args.quick else FULL, budget=args.budget, report=_tell)
+    bench_gemm(wanted, results, effort=QUICK if args.quick else FULL, budget=args.limit, report=_tell)
     keys = {case.key for case in wanted}
     records = [record for record in results if key_of(record) in keys]
     _print(records, results)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to tune, for how long, and where the table is."""
     add_sizes(parser, shapes=cases.SHAPES, rows=cases.ROWS, schemes=cases.SCHEMES)
     parser.add_argument("--routes", metavar="R,...", help="kernels, by the names of `qjax explain`; default: all")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing new after that")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin nothing new after that")
     parser.add_argument("--configs", type=int, metavar="N", help="try at most N of a kernel's, spread evenly")
     parser.add_argument("--again", action="store_true", help="measure what the table has, too")
     parser.add_argument(
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     left = tune(
         tasks,
         directory=args.output,
-        budget=args.budget,
+        budget=args.limit,
         most_configs=args.configs,
         again=args.again,
         report=found.append,

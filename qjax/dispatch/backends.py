@@ -1,6 +1,13 @@
-"""The names of backends: ours, and those that Hugging Face configs use, mapped onto ours."""
+"""The names of backends: ours, those that Hugging Face configs use, mapped onto ours, and single kernels of ours.
+
+triton                                  any kernel of a family
+triton.matmul_packed                    that kernel
+triton.matmul_packed:tile_m=16,warps=4  that kernel in that configuration, whatever a tuning table has
+"""
 
 import dataclasses
+import functools
+import re
 
 import jax
 
@@ -34,10 +41,19 @@ BACKENDS: dict[str, Backend] = {
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What a name asks for, None being whichever is fastest, and what `explain` says of it."""
+    """What a name asks for, None being whichever is fastest, and what `explain` says of it.
+
+    Attributes:
+      backend: a row of `BACKENDS`.
+      note: how the name was understood.
+      route: one kernel of the backend, by its name.
+      config: its configuration, in the form of `tuning.Config`; None where the tables decide.
+    """
 
     backend: str | None
     note: str = ""
+    route: str | None = None
+    config: tuple[tuple[str, int], ...] | None = None
 
 
 def _automatic(name: str, what: str) -> Selection:
@@ -67,6 +83,23 @@ HUGGING_FACE: dict[str, Selection] = {
 }
 
 NAMES: dict[str, Selection] = {**{name: Selection(name) for name in BACKENDS}, **HUGGING_FACE}
+
+_KERNEL = re.compile(r"(?P<backend>\w+)\.\w+(:(?P<config>\w+=\d+(,\w+=\d+)*))?")
+
+
+@functools.lru_cache(maxsize=1024)
+def selection(name: str) -> Selection | None:
+    """What a name asks for; None if it is none of those in the module's docstring. Whether there is such a kernel, and
+    what its configuration has to have, is for `choose` to know."""
+    if name.lower() in NAMES:
+        return NAMES[name.lower()]
+    found = _KERNEL.fullmatch(name)
+    if found is None or found["backend"] not in BACKENDS:
+        return None
+    pairs = (pair.split("=") for pair in (found["config"] or "").split(",") if pair)
+    config = tuple(sorted((key, int(value)) for key, value in pairs)) if found["config"] else None
+    return Selection(found["backend"], "", name.partition(":")[0], config)
+
 
 # The name that `qjax.use(backend=...)` asked for. Part of jit's cache key.
 override = jax.make_user_context(default_value=None)

@@ -21,7 +21,7 @@ from qjax.dispatch import backends, roofline, tuning
 from qjax.dispatch.backends import Selection
 from qjax.dispatch.problem import Problem
 from qjax.dispatch.roofline import Estimate
-from qjax.dispatch.routes import AS_IT_IS, ROUTES, Route
+from qjax.dispatch.routes import AS_IT_IS, ROUTES, Quantizer, Route
 from qjax.errors import BackendError
 
 ABSENT = "backend absent"
@@ -89,7 +89,8 @@ def choose(
     Args:
       problem: the product.
       device: where it runs; `devices.current()` by default.
-      backend: a name of `backends.NAMES`; what `use` said by default, else any.
+      backend: a name that `backends.selection` knows; what `use` said by default, else any. Of a kernel's name a
+        product by the transpose, a gradient, takes the family alone.
       routes: the kernels there are.
 
     Raises:
@@ -104,20 +105,45 @@ def choose(
 @functools.lru_cache(maxsize=4096)
 def _choose(problem: Problem, device: Device, name: str, routes: tuple[Route, ...], table: tuning.Table) -> Choice:
     selection = _select(name, device, routes)
+    if problem.transposed:
+        selection = dataclasses.replace(selection, route=None, config=None)
     refused = {route.name: refusal(route, problem, device) for route in routes}
     able = [_candidate(r, problem, device, table) for r in routes if refused[r.name] is None]
-    wanted = [c for c in able if selection.backend in (None, c.route.backend)]
+    wanted = [_asked(c, selection, problem, device) for c in able if _is_asked(selection, c.route)]
+    chosen = {c.route.name for c in wanted}
     if not wanted:
         raise BackendError(_cannot(name, selection, problem, device, routes, refused))
     best = min(wanted, key=lambda c: c.estimate.seconds)  # the first of equals
     for other in able:
-        if other not in wanted:
+        if other.route.name not in chosen:
             refused[other.route.name] = f"backend={name!r} was asked for"
-        elif other is not best:
+        elif other.route != best.route:
             refused[other.route.name] = _slower(other, best)
     reasons = tuple((route, reason) for route, reason in refused.items() if reason is not None)
     reason = _why(best, wanted, selection, problem, device)
     return Choice(best.route, best.config, best.estimate, reason, reasons, selection.note)
+
+
+def _is_asked(selection: Selection, route: Route) -> bool:
+    return selection.backend in (None, route.backend) and selection.route in (None, route.name)
+
+
+def _asked(candidate: _Candidate, selection: Selection, problem: Problem, device: Device) -> _Candidate:
+    """The candidate in the configuration that was asked for.
+
+    Raises:
+      BackendError: for a configuration that the kernel does not take.
+    """
+    if selection.config is None:
+        return candidate
+    route, given = candidate.route, dict(selection.config)
+    kernel = None if route.is_reference else load(route)
+    listed = kernel.configs(problem.m, problem.k, problem.n, **facts(problem, device)) if kernel else []
+    keys = list(listed[0]) if listed else []
+    if given.keys() != set(keys):
+        takes = f"it takes {', '.join(keys)}" if keys else f"it has none for {problem.shape}"
+        raise BackendError(f"{route.name} cannot have the configuration {given}: {takes}")
+    return dataclasses.replace(_candidate(route, problem, device, tuning.Table()), config=selection.config)
 
 
 def _candidate(route: Route, problem: Problem, device: Device, table: tuning.Table) -> _Candidate:
@@ -138,7 +164,7 @@ def refusal(route: Route, problem: Problem, device: Device) -> str | None:
 
     A missing folder comes first, then the row, then the kernel's own `unsupported`.
     """
-    if not _is_present(route):
+    if not is_present(route):
         return ABSENT
     problem = seen_by(route, problem)
     reason = _mismatch(route, problem, device)
@@ -214,9 +240,9 @@ def facts(problem: Problem, device: Device) -> dict[str, Any]:
     }
 
 
-def load(route: Route) -> ModuleType:
-    """The module of a route, whose `matmul` runs it."""
-    return importlib.import_module(route.module)
+def load(kernel: Route | Quantizer) -> ModuleType:
+    """The module of a route, whose `matmul` runs it, or of a quantizer."""
+    return importlib.import_module(kernel.module)
 
 
 def possible(device: Device, routes: tuple[Route, ...] = ROUTES) -> tuple[str, ...]:
@@ -226,16 +252,14 @@ def possible(device: Device, routes: tuple[Route, ...] = ROUTES) -> tuple[str, .
         for route in routes
         if (route.platforms is None or device.platform in route.platforms)
         and route.cc_min <= device.cc <= (device.cc if route.cc_max is None else route.cc_max)
-        and _is_present(route)
+        and is_present(route)
     )
     return tuple(dict.fromkeys(fits))
 
 
-def _is_present(route: Route) -> bool:
+def is_present(kernel: Route | Quantizer) -> bool:
     """Whether the module's folder is there, as a package and not as a left-over `__pycache__`."""
-    if route.is_reference:
-        return True
-    parts = route.module.split(".")[:-1]
+    parts = kernel.module.split(".")[:-1]
     folders = (".".join(parts[: i + 1]) for i in range(len(parts)))
     # From the outermost inwards: to look for a folder inside a missing one raises.
     return all(_is_package(folder) for folder in folders)
@@ -247,12 +271,13 @@ def _is_package(folder: str) -> bool:
 
 
 def _select(name: str, device: Device, routes: tuple[Route, ...]) -> Selection:
-    selection = backends.NAMES.get(name.lower())
-    if selection is None:
+    selection = backends.selection(name)
+    if selection is None or selection.route not in (None, *(route.name for route in routes)):
         raise BackendError(
             f"unknown backend {name!r}; possible on {device.name}: auto, "
             f"{', '.join(possible(device, routes))}; of Hugging Face configs, "
-            f"{', '.join(backends.HUGGING_FACE)} are understood"
+            f"{', '.join(backends.HUGGING_FACE)} are understood; kernels are "
+            f"{', '.join(route.name for route in routes)}, with or without :key=number,..."
         )
     return selection
 
@@ -265,7 +290,7 @@ def _cannot(
     routes: tuple[Route, ...],
     refused: dict[str, str | None],
 ) -> str:
-    own = [f"{r.name}: {refused[r.name]}" for r in routes if r.backend == selection.backend]
+    own = [f"{r.name}: {refused[r.name]}" for r in routes if _is_asked(selection, r)]
     able = dict.fromkeys(r.backend for r in routes if refused[r.name] is None)
     return (
         f"backend {name!r} cannot run {problem} on {device.name}: "
@@ -281,7 +306,8 @@ def _why(
     device: Device,
 ) -> str:
     if selection.backend is not None:
-        word = "asked for"
+        settings = ", ".join(f"{key}={value}" for key, value in selection.config or ())
+        word = "asked for" + (f" in {settings}" if settings else "")
     else:
         word = f"fastest of {len(wanted)}" if len(wanted) > 1 else "the only one that can"
     text = f"{word}: {best.estimate}, {best.estimate.bound}-bound"

@@ -8,6 +8,7 @@ from qjax import devices
 from qjax.devices import Device
 from qjax.dispatch.choose import choose
 from qjax.dispatch.problem import Problem
+from qjax.dispatch.quantizer import choose_quantizer
 from qjax.dispatch.routes import ROUTES, Route
 from qjax.errors import BackendError
 
@@ -73,6 +74,17 @@ class Explanation:
         return f"<p>on {html.escape(str(self.device))}</p><table>{table}</table><p>{below}</p>"
 
 
+def _quantizing(problem: Problem, device: Device, backend: str | None) -> str:
+    """Who makes the codes of x; nothing where x is as it is."""
+    activation = problem.scheme.activation
+    if activation is None or problem.transposed:
+        return ""
+    row = choose_quantizer(activation, problem.k, device, backend)
+    whole = {"token": "a scale a token", "tensor": "one scale", "block": "a scale for each 128 of K"}
+    what = f"x as {activation.format}, {activation.mode}, {whole[activation.granularity]}"
+    return f"{what}: {'XLA, by the formula' if row is None else row.name}"
+
+
 def explain_rows(
     named_problems: Iterable[tuple[str, Problem]],
     device: Device | None = None,
@@ -102,7 +114,7 @@ def explain_rows(
                 choice.reasons,
             )
         )
-        notes[choice.note] = None
+        notes |= dict.fromkeys((choice.note, _quantizing(problem, device, backend)))
     if device.estimated:
         notes[f"times are rough: the row of {device.name} is estimated ({device.source})"] = None
     return Explanation(tuple(rows), device, tuple(note for note in notes if note))

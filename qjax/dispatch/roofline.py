@@ -74,6 +74,9 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.53, 0.42, 3.6e-6, _H200 + "22 us (int4 g128) at M=1 and 16", m_max=16),
         Efficiency(0.3, 0.42, 3.6e-6, _H200 + "38 us (int4 g128) at M=64, 112 at 256, 870 at 2048"),
     ),
+    ("triton.matmul_tall", "gpu", True): (
+        Efficiency(0.3, 0.42, 3.6e-6, "not yet measured: as matmul_packed, and transposed, which has its form"),
+    ),
     ("triton.matmul_8bit", "gpu", False): (
         Efficiency(0.7, 0.3, 3e-6, _H200 + "28 us (int8) at M=1, 30 at 16", m_max=16),
         Efficiency(0.31, 0.3, 3e-6, _H200 + "64 us (int8) at M=64, 1230 at 2048"),
@@ -82,6 +85,9 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.68, 0.5, 2.5e-6, _H200 + "29 us (int8) at M=64", m_max=64),
         Efficiency(0.68, 0.42, 3e-6, _H200 + "57 us (int8) at M=256", m_max=256),
         Efficiency(0.7, 0.6, 5e-6, _H200 + "324 us (int8) at M=2048"),
+    ),
+    ("triton.dequantize_dot", "gpu", True): (
+        Efficiency(0.5, 0.62, 3e-6, "not yet measured: as xla.dequantize_dot", 2),
     ),
     ("triton.transposed", "gpu", True): (
         Efficiency(0.31, 0.42, 4e-6, _H200 + "34 us (int4 g128) at M=1, 36 at 16", m_max=16),

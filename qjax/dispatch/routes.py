@@ -42,6 +42,25 @@ class Route:
         return self.module == "qjax.reference"
 
 
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """One kernel that makes codes and scales of x, and where it may run.
+
+    Attributes:
+      name, backend, module, platforms: as a route's; the module has `unsupported(k, dtype, unit, cc)` and
+        `quantize_rows(x, dtype, unit)`.
+      granularities: what a scale covers, of those of `qjax.schemes.Activation`.
+      cc_min: compute capability.
+    """
+
+    name: str
+    backend: str
+    module: str
+    granularities: frozenset[str]
+    platforms: frozenset[str]
+    cc_min: int
+
+
 INTEGERS = frozenset({"int2", "int3", "int4", "int5", "int6"})
 TABLES = frozenset({"nf4", "fp4"})
 BYTES = frozenset({"int8", "e4m3", "e5m2"})
@@ -54,6 +73,8 @@ PIECES = frozenset({"padded_pieces"})
 # fmt: off
 ROUTES: tuple[Route, ...] = (
     Route("xla.reference", "xla", "qjax.reference"),
+    Route("triton.matmul_tall", "triton", "pallas_kernels.triton.matmul_tall", INTEGERS | TABLES | {"e2m1"},
+          AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=65),
     Route("triton.matmul_packed", "triton", "pallas_kernels.triton.matmul_packed", INTEGERS | TABLES | {"e2m1"},
           AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=1),
     Route("triton.matmul_8bit", "triton", "pallas_kernels.triton.matmul_8bit", BYTES,
@@ -64,6 +85,8 @@ ROUTES: tuple[Route, ...] = (
           AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=1),
     Route("triton.transposed_8bit", "triton", "pallas_kernels.triton.transposed_8bit", BYTES,
           AS_IT_IS, SCALED | {"zero_point"}, GPU, 80, m_min=1),
+    Route("triton.dequantize_dot", "triton", "pallas_kernels.triton.dequantize_dot", INTEGERS | TABLES | {"e2m1"},
+          AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=17),
     Route("xla.multiply_reduce", "xla", "pallas_kernels.xla.multiply_reduce", None,
           AS_IT_IS, SCALED | ZEROS | PIECES | {"codebook"}, GPU, m_min=1, m_max=2),
     Route("xla.dequantize_dot", "xla", "pallas_kernels.xla.dequantize_dot", None,
@@ -78,3 +101,10 @@ ROUTES: tuple[Route, ...] = (
           frozenset({"e4m3", "e2m1"}), frozenset({"global_scale"}), GPU, 100, m_min=1),
 )
 # fmt: on
+
+# What is not in this table is quantized by the formula of `qjax.activations`, as XLA compiles it.
+QUANTIZERS = (
+    Quantizer(
+        "triton.quantize_rows", "triton", "pallas_kernels.triton.quantize_rows", frozenset({"token", "block"}), GPU, 80
+    ),
+)

@@ -1,5 +1,6 @@
 """Quantized `flax.nnx` layers, argument for argument Flax's own, and `quantize`, which swaps them into a module."""
 
+from .backends import set_backends as set_backends
 from .convert import quantize as quantize
 from .qeinsum import QEinsum as QEinsum
 from .qembed import QEmbed as QEmbed

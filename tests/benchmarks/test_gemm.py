@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks import gemm
 from qjax.bench.cases import parse_rows, parse_schemes, parse_shapes
 from qjax.bench.records import KEY, Results
@@ -27,3 +29,16 @@ def test_a_file_is_drawn_without_its_gpu(tmp_path: Path) -> None:
     )
     out = gemm.draw(tmp_path / "gemm-h200.json")
     assert out == tmp_path / "gemm-h200.png" and out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_rehearsal_measures_on_any_machine_and_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gemm, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["gemm.py", "--rehearse", "--commit", "abc"])
+    gemm.main()
+    said = capsys.readouterr().out
+    assert "512x256 m=130" in said and "xla.reference" in said
+    assert "8 of 12 records, 4 that a backend cannot make" in said
+    assert not list(tmp_path.iterdir())

@@ -34,17 +34,20 @@ from products import (
 
 import qjax
 from qjax import devices
-from qjax.activations import Rows, quantize_rows
+from qjax.activations import Rows
 from qjax.dispatch.choose import choose
 from qjax.dispatch.routes import Route
+from qjax.quantize_call import quantized
 
 FUSED = 1.25  # times the error of rounding the exact result to its type
 ROUNDED = 2.5  # where something else is rounded to that type too, as the kernel's docstring says
 ROUNDS = {
     "triton.matmul_packed": ("nf4", "fp4"),  # values of the table
-    "triton.transposed": None,  # x times scale
+    "triton.matmul_tall": None,  # the weight
+    "triton.transposed": None,  # the weight
     "triton.transposed_8bit": None,  # x times scale
     "triton.matmul_w8a8": ("e4m3",),  # sums of 512 products, inside the tensor cores
+    "triton.dequantize_dot": None,  # the weight
     "cublaslt.matmul": ("e4m3", "e5m2"),  # sums, by fast accumulation
     "cublaslt.dense": None,  # the weight
     "xla.dequantize_dot": None,  # the weight
@@ -93,7 +96,9 @@ def function_of(case: Case) -> Callable[[Operands], tuple[jax.Array, Rows | None
         else:
             with qjax.use(backend=case.route.backend):
                 y = qjax.matmul(o.x, o.w, o.bias, activation=ACTIVATION if p.epilogue else None, residual=o.residual)
-            rows = quantize_rows(o.x, activation, None if o.w.act_scale is None else o.w.act_scale[..., None, None])
+                rows = quantized(
+                    o.x, activation, None if o.w.act_scale is None else o.w.act_scale[..., None, None], None
+                )
         return y, None if activation is None else rows
 
     return run
@@ -162,8 +167,25 @@ def exact_result(case: Case, o: Operands, rows: Rows | None) -> tuple[np.ndarray
     return exact, bound
 
 
+def quantization(x: np.ndarray, rows: Rows) -> Iterator[str]:
+    """What is wrong with the codes of x: each is a nearest one, unless x is beyond what a given scale reaches."""
+    codes, scale = np.asarray(rows.values), np.asarray(rows.scale, np.float64)
+    x, found = np.asarray(x, np.float64), exact_rows(rows)
+    step = np.broadcast_to(scale if scale.shape[-1] == 1 else np.repeat(scale, 128, -1)[..., : x.shape[-1]], x.shape)
+    if codes.dtype.kind == "i":
+        lowest, largest, apart = -128 * step, 127 * step, step
+    else:  # e4m3: three bits of mantissa, the smallest step 2^-9
+        lowest, largest = -448 * step, 448 * step
+        apart = np.maximum(np.exp2(np.floor(np.log2(np.maximum(np.abs(x) / step, 2.0**-6))) - 3) * step, 2.0**-9 * step)
+    off = np.abs(found - np.clip(x, lowest, largest)) / apart
+    if (off > 0.5 + 1e-4).any():
+        yield f"a code of x is {off.max():.3f} steps off"
+
+
 def accuracy(case: Case, o: Operands, y: Any, rows: Rows | None) -> Iterator[str]:
     """What is wrong with a result."""
+    if rows is not None:
+        yield from quantization(o.x, rows)
     exact, bound = exact_result(case, o, rows)
     got = np.asarray(y, np.float64)
     if got.shape != exact.shape:

@@ -14,7 +14,7 @@ from qjax.dispatch.routes import ROUTES, Route
 ROWS = (1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 257)
 # (K, N). K of real models over 8 devices and whole, one odd, one shorter than a block; N odd, one, and a whole layer's.
 SIZES = ((7392, 515), (10944, 257), (4304, 333), (2880, 1), (1001, 77), (100, 40), (4096, 4096))
-SMALL = ((1, 392, 65), (17, 392, 65), (33, 200, 130))
+SMALL = ((1, 392, 65), (17, 392, 65), (33, 200, 130), (66, 200, 130))
 _POOL = 3000  # products to select from
 VARIANTS: tuple[dict, ...] = (
     {}, {}, {"x_dtype": "float16"}, {"epilogue": True}, {"transposed": True}, {"stack": 2}, {"real_zero": True},

@@ -4,13 +4,17 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from gpu.kernel_checks import Case, check, compile_case
+from gpu.kernel_checks import Case, check, compile_case, quantization
 from gpu.kernel_selection import rehearsed
 from products import Product
 
+from qjax.activations import Rows, quantize_rows
 from qjax.dispatch.routes import Route
+from qjax.schemes import Activation
 
 
 @pytest.mark.parametrize("case", rehearsed(seed=0), ids=str)
@@ -62,3 +66,15 @@ def test_a_wrong_kernel_is_found(kernel: Callable[..., Any], said: str | None, m
     case = Case(Route("xla.under_test", "xla", module.__name__), Product("w8a16", 9, 200, 37), 0)
     wrong, _ = check(case, compile_case(case, with_graph=False))
     assert (not wrong) if said is None else said in "; ".join(wrong)
+
+
+@pytest.mark.parametrize("format", ["int8", "e4m3"])
+@pytest.mark.parametrize("granularity", ["token", "block"])
+def test_codes_of_x_that_are_not_the_nearest_are_found(format: str, granularity: str) -> None:
+    x = jax.random.normal(jax.random.key(0), (3, 200)).astype(jnp.bfloat16)
+    rows = jax.tree.map(np.asarray, quantize_rows(x, Activation(format, granularity), None))
+    assert not list(quantization(x, rows))
+    wrong = np.array(rows.values)
+    wrong[1, 7] = wrong[1, 8]
+    assert "steps off" in next(quantization(x, Rows(wrong, rows.scale)))
+    assert "steps off" in next(quantization(x, Rows(rows.values, 1.1 * rows.scale)))

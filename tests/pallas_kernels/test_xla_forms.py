@@ -7,6 +7,7 @@ import pytest
 from absl.testing import parameterized
 from cases import Case, assert_product, float64, x_met
 
+from pallas_kernels import dense_dot
 from pallas_kernels.xla import dequantize_dot, multiply_reduce, unpack
 from qjax.dequantize import block_scales, dequantize
 from qjax.formats import FORMATS
@@ -137,7 +138,7 @@ class DequantizeDot(parameterized.TestCase):
         level = jnp.linspace(0.5, 2.0, 400)
         row = dict(global_scale=level)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dequantize_dot, "SCRATCH", 160 * 256 * 4)
+            patch.setattr(dense_dot, "SCRATCH", 160 * 256 * 4)
             kernel = jax.jit(
                 lambda x, w: dequantize_dot.matmul(
                     x, w.packed, w.scale, weight=w.scheme.weight, bits=w.scheme.bits, group=128,

@@ -114,6 +114,13 @@ def test_a_backend_that_cannot_names_the_layer() -> None:
         explain(kernel("w4a16"), backend="quick")
 
 
+def test_who_quantizes_x_is_noted() -> None:
+    w8a8 = kernel("w8a8_int8")
+    assert "x as int8, dynamic, a scale a token: triton.quantize_rows" in explain(w8a8, device="H200").notes
+    assert "x as int8, dynamic, a scale a token: XLA, by the formula" in explain(w8a8, device="T4").notes
+    assert not explain(kernel("w4a16"), device="H200").notes
+
+
 def test_an_unknown_device_and_a_thing_without_kernels_are_errors() -> None:
     with pytest.raises(QJaxError, match="unknown device 'H300'"):
         explain(kernel("w4a16"), device="H300")

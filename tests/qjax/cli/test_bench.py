@@ -58,7 +58,7 @@ def test_tune_prints_what_it_wrote(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "its own choice" in out and f"written to {tmp_path / 'cpu.json'}" in out
     assert json.loads((tmp_path / "cpu.json").read_text())["entries"][0]["kernel"] == "xla.reference"
     assert "nothing new" in run(capsys, *argv, "--routes", "xla.reference")
-    assert "1 of 1 are left" in run(capsys, *argv, "--routes", "xla.reference", "--again", "--budget", "0")
+    assert "1 of 1 are left" in run(capsys, *argv, "--routes", "xla.reference", "--again", "--limit", "0")
 
 
 def test_roofline_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
