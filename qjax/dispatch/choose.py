@@ -214,19 +214,26 @@ def facts(problem: Problem, device: Device) -> dict[str, Any]:
     }
 
 
+def _told(route: Route, name: str) -> str | None:
+    """What a route's module says of itself on this machine by one of the functions that it need not have."""
+    tell = getattr(load(route), name, None)
+    return None if tell is None else tell()
+
+
 def load(route: Route) -> ModuleType:
     """The module of a route, whose `matmul` runs it."""
     return importlib.import_module(route.module)
 
 
 def possible(device: Device, routes: tuple[Route, ...] = ROUTES) -> tuple[str, ...]:
-    """The backends that have a kernel for the device, and whose folder is there."""
+    """The backends that have a kernel for the device, and of which nothing is missing."""
     fits = (
         route.backend
         for route in routes
         if (route.platforms is None or device.platform in route.platforms)
         and route.cc_min <= device.cc <= (device.cc if route.cc_max is None else route.cc_max)
         and _is_present(route)
+        and (route.is_reference or _told(route, "missing") is None)
     )
     return tuple(dict.fromkeys(fits))
 
@@ -288,7 +295,8 @@ def _why(
     if device.takes("bfloat16"):
         speedup = roofline.speedup_over_bf16(best.estimate, problem, device)
         text += f", {speedup:.2g}x a bf16 weight"
-    return text
+    variant = None if best.route.is_reference else _told(best.route, "variant")
+    return text if variant is None else f"{text}, {variant}"
 
 
 def _slower(other: _Candidate, best: _Candidate) -> str:

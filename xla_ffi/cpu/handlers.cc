@@ -25,6 +25,7 @@
 #include <immintrin.h>
 #endif
 
+#include "e8m0.h"
 #include "parallel.h"
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
@@ -165,22 +166,21 @@ int64_t Batch(ffi::AnyBuffer buffer, size_t own) {
 // How scales lie in the kernels' order, and which group's is where.
 bool PlaceScales(Product& p) {
   const bool packed = IsPacked(p.codes_type);
-  const int64_t unit = packed ? 8 : 16;
   if (p.groups == 1 || p.group % kBlock == 0) {
     p.scales = Scales::kOne, p.slots = 1;
-  } else if (packed && (p.group == 32 || p.group == 64)) {
+  } else if (packed && p.group % 32 == 0) {
     p.scales = Scales::kLanes, p.slots = 4;
-  } else if (p.group % unit == 0) {
-    p.scales = Scales::kUnits, p.slots = kBlock / unit;
+  } else if (p.group % 16 == 0) {
+    p.scales = Scales::kSixteens, p.slots = 8;
   } else {
     return false;
   }
-  p.slot_group.resize(p.blocks * p.slots);
-  for (int64_t i = 0; i < p.blocks * p.slots; ++i) {
-    const int64_t b = i / p.slots, slot = i % p.slots;
-    // Packed units are in the order (2s + h, j) of 8 k each.
-    const int64_t at = p.scales == Scales::kUnits && packed ? slot % 4 * 4 + slot / 4 : slot;
-    p.slot_group[i] = std::min((b * kBlock + at * (kBlock / p.slots)) / p.group, p.groups - 1);
+  const int64_t slots = p.blocks * p.slots;
+  p.slot_group.assign((slots + 15) / 16 * 16, 0);
+  p.slots_are_groups = slots == p.groups;
+  for (int64_t i = 0; i < slots; ++i) {
+    p.slot_group[i] = int32_t(std::min(i * (kBlock / p.slots) / p.group, p.groups - 1));
+    p.slots_are_groups = p.slots_are_groups && p.slot_group[i] == i;
   }
   return true;
 }
@@ -232,7 +232,7 @@ ffi::Error Describe(const Operands& o, ffi::Span<const float> table, int64_t gro
   p.codes = static_cast<const uint8_t*>(o.packed.untyped_data());
   p.scale = {o.scale.untyped_data(), *scale_type};
   p.y = static_cast<float*>(o.y.untyped_data());
-  if (!PlaceScales(p)) return Wrong("groups are multiples of 8 (packed codes) or 16 (bytes), or all of K", o);
+  if (!PlaceScales(p)) return Wrong("groups are multiples of 16, or all of K", o);
   return ffi::Error::Success();
 }
 
@@ -253,7 +253,7 @@ void Run(const Product& p, const Instructions& set, ffi::ThreadPool& pool) {
   for (int64_t m0 = 0; m0 < p.m; m0 += kRowsAtOnce) {
     Rows rows;
     rows.m = std::min(kRowsAtOnce, p.m - m0);
-    rows.stride = p.blocks * kBlock;
+    rows.stride = p.blocks * kBlock + kPadding;
     rows.values = NewFloats(rows.m * rows.stride);
     rows.sums = NewFloats(p.zero.data != nullptr ? rows.m * p.groups : 0);
     auto prepare = [&](int64_t i) { set.prepare(p, m0, rows, i); };

@@ -5,7 +5,7 @@
 // The order of k. Packed codes of a block of 128 are decoded where they lie: sixteen lanes i = 4c + j hold a word each of
 // the plane of 4 bits (a plane of 2 or 1 has its words repeated and shifted so that they lie alike), and step p = 4l + 2s
 // + h takes the p-th code of all lanes,  k = 32j + 16s + 8h + 2c + l.  x is brought into that order once a call, so that
-// decoding needs no shuffles. A group of 32 k is then a lane of every four, of 8 k one (2s + h, j). Codes of a byte keep
+// decoding needs no shuffles. A group of 32 k is then a lane of every four, of 16 k one of (s, j). Codes of a byte keep
 // their order: step p is k = 16p + lane. Narrower vectors take the sixteen lanes in parts.
 //
 // Few rows of x: codes go from registers into the sums (`MultiplyRow`); a block's sum is scaled once where one scale or
@@ -14,7 +14,7 @@
 // registers. Every element of y is one chain of additions whose order depends on K alone.
 
 constexpr int kParts = 16 / kLanes;
-constexpr int kFewRows = 4;
+constexpr int kFewRows = 2;
 constexpr int kTileM = 4;
 constexpr int kPanelRows = 16;
 constexpr int kPanelBlocks = 4;
@@ -26,7 +26,8 @@ template <int kBits>
 struct PackedInt {
   static constexpr int kTop = kBits == 3 || kBits == 5 ? 1 : kBits == 6 ? 2 : kBits;
   static constexpr int kLow = kBits - kTop;
-  static constexpr int kBytes = 16 * kBits, kUnits = 4;
+  static constexpr int kBytes = 16 * kBits;
+  static constexpr bool kPacked = true;
   static constexpr float kFactor = 1;
   struct Words {
     I low, top;
@@ -57,7 +58,8 @@ struct PackedInt {
 
 // Indices of 4 bits.
 struct PackedTable {
-  static constexpr int kBytes = 64, kUnits = 4;
+  static constexpr int kBytes = 64;
+  static constexpr bool kPacked = true;
   static constexpr float kFactor = 1;
   using Words = I;
   Table16 table;
@@ -71,7 +73,8 @@ struct PackedTable {
 };
 
 struct Bytes {
-  static constexpr int kBytes = 128, kUnits = 8;
+  static constexpr int kBytes = 128;
+  static constexpr bool kPacked = false;
   static constexpr float kFactor = 1;
   using Words = const uint8_t*;
 
@@ -104,43 +107,38 @@ struct ByteTable : Bytes {
 
 // ---- numbers -> float32 ----------------------------------------------------------------------------------------------
 
-static float ByteToFloat(Number type, uint8_t byte) {
-  uint32_t bits = byte == 255 ? 0x7fc00000u : byte == 0 ? 1u << 22 : uint32_t(byte) << 23;  // e8m0: 2^(byte - 127)
-  float value;
-  if (type == Number::kInt8) return static_cast<int8_t>(byte);
-  if (type == Number::kE4M3) {
-    const int exponent = byte >> 3 & 15, fraction = byte & 7;
-    if ((byte & 127) == 127) return __builtin_nanf("");
-    if (exponent == 0) return (byte >> 7 ? -0x1p-9f : 0x1p-9f) * fraction;
-    bits = uint32_t(byte >> 7) << 31 | uint32_t(exponent + 120) << 23 | uint32_t(fraction) << 20;
-  }
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+constexpr int SizeOf(Number type) {
+  return type == Number::kF32 ? 4 : type == Number::kBF16 || type == Number::kF16 ? 2 : 1;
+}
+
+template <Number kType> QJAX_INLINE F ReadNumbers(const uint8_t* p) {
+  if constexpr (kType == Number::kF32) return Load(reinterpret_cast<const float*>(p));
+  if constexpr (kType == Number::kBF16) return BFloatToFloat(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (kType == Number::kF16) return HalfToFloat(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (kType == Number::kE8M0) return Lookup256(kE8M0Values.data(), p);
+  if constexpr (kType == Number::kE4M3) return Mul(E4M3ToFloatOver256(p), Set1(256));
+  return Int8ToFloat(p);
+}
+
+template <Number kType> static void ToFloatsFrom(const uint8_t* p, int64_t count, float* out) {
+  constexpr int kStep = kLanes * SizeOf(kType);
+  for (; count >= kLanes; count -= kLanes, p += kStep, out += kLanes) Store(out, ReadNumbers<kType>(p));
+  uint8_t rest[kStep] = {};
+  float values[kLanes];
+  std::memcpy(rest, p, count * SizeOf(kType));
+  Store(values, ReadNumbers<kType>(rest));
+  std::memcpy(out, values, count * sizeof(float));
 }
 
 static void ToFloats(const Array& array, int64_t from, int64_t count, float* out) {
-  const auto* bytes = static_cast<const uint8_t*>(array.data);
-  const auto* shorts = static_cast<const uint16_t*>(array.data) + from;
+  const uint8_t* p = static_cast<const uint8_t*>(array.data) + from * SizeOf(array.type);
   switch (array.type) {
-    case Number::kF32: std::memcpy(out, static_cast<const float*>(array.data) + from, count * sizeof(float)); return;
-    case Number::kBF16:
-      for (int64_t i = 0; i < count; ++i) {
-        const uint32_t bits = uint32_t(shorts[i]) << 16;
-        std::memcpy(out + i, &bits, sizeof bits);
-      }
-      return;
-    case Number::kF16: {
-      int64_t i = 0;
-      for (; i + kLanes <= count; i += kLanes) Store(out + i, HalfToFloat(shorts + i));
-      uint16_t rest[kLanes] = {};
-      float values[kLanes];
-      std::memcpy(rest, shorts + i, (count - i) * sizeof(uint16_t));
-      Store(values, HalfToFloat(rest));
-      std::memcpy(out + i, values, (count - i) * sizeof(float));
-      return;
-    }
-    default:
-      for (int64_t i = 0; i < count; ++i) out[i] = ByteToFloat(array.type, bytes[from + i]);
+    case Number::kF32: return ToFloatsFrom<Number::kF32>(p, count, out);
+    case Number::kBF16: return ToFloatsFrom<Number::kBF16>(p, count, out);
+    case Number::kF16: return ToFloatsFrom<Number::kF16>(p, count, out);
+    case Number::kE8M0: return ToFloatsFrom<Number::kE8M0>(p, count, out);
+    case Number::kE4M3: return ToFloatsFrom<Number::kE4M3>(p, count, out);
+    case Number::kInt8: return ToFloatsFrom<Number::kInt8>(p, count, out);
   }
 }
 
@@ -166,26 +164,27 @@ static void Prepare(const Product& p, int64_t m0, Rows& rows, int64_t i) {
     }
   }
   if (!packed) return;
-  for (int64_t b = 0; b < rows.stride; b += kBlock)
+  for (int64_t b = 0; b < p.blocks * kBlock; b += kBlock)
     for (int q = 0; q < kBlock; ++q) out[b + q] = row[b + PackedPosition(q)];
 }
 
 // ---- a row of the weight ---------------------------------------------------------------------------------------------
 
 // Scales of one row of the weight, and what zero points add to a weight: value * scale + offset.
-struct RowScales {
-  Floats by_group, offset_by_group;  // [groups]
-  Floats scale, offset;              // [blocks, slots], in the kernels' order
-
+class RowScales {
+ public:
   explicit RowScales(const Product& p)
-      : by_group(NewFloats(p.groups)),
-        offset_by_group(NewFloats(p.groups)),
-        scale(NewFloats(p.blocks * p.slots)),
-        offset(NewFloats(p.blocks * p.slots)) {}
+      : by_group_(NewFloats(p.groups)),
+        offset_by_group_(NewFloats(p.groups)),
+        scale_(NewFloats(p.blocks * p.slots)),
+        offset_(NewFloats(p.blocks * p.slots)) {
+    std::memset(offset_.get(), 0, p.blocks * p.slots * sizeof(float));
+  }
 
+  // Reads those of row n; `factor` multiplies the scales.
   void Read(const Product& p, int64_t n, float factor) {
-    const int64_t from = n / p.block_n * p.groups, slots = p.blocks * p.slots;
-    float *s = by_group.get(), *o = offset_by_group.get();
+    const int64_t from = n / p.block_n * p.groups;
+    float *s = by_group_.get(), *o = offset_by_group_.get();
     ToFloats(p.scale, from, p.groups, s);
     if (p.zero.data != nullptr) {
       ToFloats(p.zero, from, p.groups, o);
@@ -193,14 +192,24 @@ struct RowScales {
     }
     if (factor != 1)
       for (int64_t g = 0; g < p.groups; ++g) s[g] *= factor;
-    for (int64_t i = 0; i < slots; ++i) scale.get()[i] = s[p.slot_group[i]];
+    if (!p.slots_are_groups) Spread(p, s, scale_.get());
   }
 
+  // After Read, where `offset` is wanted.
   void SpreadOffsets(const Product& p) {
-    const int64_t slots = p.blocks * p.slots;
-    for (int64_t i = 0; i < slots; ++i)
-      offset.get()[i] = p.zero.data == nullptr ? 0 : offset_by_group.get()[p.slot_group[i]];
+    if (p.zero.data != nullptr) Spread(p, offset_by_group_.get(), offset_.get());
   }
+
+  const float* scale(const Product& p) const { return (p.slots_are_groups ? by_group_ : scale_).get(); }
+  const float* offset() const { return offset_.get(); }                    // [blocks, slots], as scale
+  const float* offset_by_group() const { return offset_by_group_.get(); }  // [groups]
+
+ private:
+  static void Spread(const Product& p, const float* from, float* to) {
+    for (int64_t i = 0; i < p.blocks * p.slots; i += kLanes) Store(to + i, Gather(from, &p.slot_group[i]));
+  }
+
+  Floats by_group_, offset_by_group_, scale_, offset_;
 };
 
 // A block of codes of row n: where it lies, or a copy filled up with zeros where K ends inside of it.
@@ -217,7 +226,7 @@ QJAX_INLINE const uint8_t* BlockOf(const Product& p, int64_t n, int64_t b, uint8
 template <class D, Scales kScales, int kP> QJAX_INLINE F ScaleAt(const float* block) {
   if constexpr (kScales == Scales::kOne) return Set1(block[0]);
   if constexpr (kScales == Scales::kLanes) return Repeat4(block);
-  if constexpr (D::kUnits == 4) return Repeat4(block + 4 * (kP % 4));
+  if constexpr (D::kPacked) return RepeatEveryOther4<kP / 2 % 2>(block);
   return Set1(block[kP]);
 }
 
@@ -227,7 +236,7 @@ template <class D, Scales kScales, int kRows, int kP>
 QJAX_INLINE void MultiplyStep(const D& d, const typename D::Words& words, const float* x, int64_t stride,
                               const float* scale, F (&sum)[kRows][2]) {
   F value = d.template Value<kP>(words);
-  if constexpr (kScales == Scales::kUnits) value = Mul(value, ScaleAt<D, kScales, kP>(scale));
+  if constexpr (kScales == Scales::kSixteens) value = Mul(value, ScaleAt<D, kScales, kP>(scale));
 #pragma GCC unroll 4
   for (int m = 0; m < kRows; ++m) sum[m][kP % 2] = Fma(value, Load(x + m * stride + 16 * kP), sum[m][kP % 2]);
 }
@@ -245,7 +254,7 @@ static void MultiplyRow(const Product& p, const D& d, const float* x, int64_t st
     F own[kRows][2];
 #pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m) own[m][0] = own[m][1] = Zero();
-    auto& sum = kScales == Scales::kUnits ? total : own;
+    auto& sum = kScales == Scales::kSixteens ? total : own;
     for (int part = 0; part < kParts; ++part) {
       const auto words = d.Read(block, part);
       const float* at = x + part * kLanes;
@@ -258,7 +267,7 @@ static void MultiplyRow(const Product& p, const D& d, const float* x, int64_t st
       MultiplyStep<D, kScales, kRows, 6>(d, words, at, stride, scale, sum);
       MultiplyStep<D, kScales, kRows, 7>(d, words, at, stride, scale, sum);
     }
-    if constexpr (kScales != Scales::kUnits)
+    if constexpr (kScales != Scales::kSixteens)
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m)
         total[m][0] = Fma(Add(own[m][0], own[m][1]), ScaleAt<D, kScales, 0>(scale), total[m][0]);
@@ -274,16 +283,11 @@ static void MultiplyFew(const Product& p, int64_t m0, const Rows& rows, int64_t 
   const float* x = rows.values.get();
   for (int64_t n = n0; n < n1; ++n) {
     scales.Read(p, n, D::kFactor);
-    const float* scale = scales.scale.get();
+    const float* scale = scales.scale(p);
     float* y = p.y + m0 * p.n;
-    switch (rows.m) {
-      case 1: MultiplyRow<D, kScales, 1>(p, d, x, rows.stride, n, scale, y); break;
-      case 2: MultiplyRow<D, kScales, 2>(p, d, x, rows.stride, n, scale, y); break;
-      case 3: MultiplyRow<D, kScales, 3>(p, d, x, rows.stride, n, scale, y); break;
-      default: MultiplyRow<D, kScales, kFewRows>(p, d, x, rows.stride, n, scale, y);
-    }
+    (rows.m == 1 ? MultiplyRow<D, kScales, 1> : MultiplyRow<D, kScales, kFewRows>)(p, d, x, rows.stride, n, scale, y);
     if (p.zero.data == nullptr) continue;
-    const float* offset = scales.offset_by_group.get();
+    const float* offset = scales.offset_by_group();
     for (int64_t m = 0; m < rows.m; ++m) {
       float sum = 0;
       for (int64_t g = 0; g < p.groups; ++g) sum += offset[g] * rows.sums.get()[m * p.groups + g];
@@ -347,7 +351,7 @@ static void MultiplyTile(const float* x, int64_t x_stride, const float* w, int64
 template <class D, Scales kScales>
 static void MultiplyMany(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
   const D d(p);
-  constexpr int64_t kStride = kPanelBlocks * kBlock, kSums = kPanelRows * kLanes;
+  constexpr int64_t kStride = kPanelBlocks * kBlock + kPadding, kSums = kPanelRows * kLanes;
   const Floats panel = NewFloats(kPanelRows * kStride), sums = NewFloats(rows.m * kSums);
   std::vector<RowScales> scales;
   for (int i = 0; i < kPanelRows; ++i) scales.emplace_back(p);
@@ -365,8 +369,8 @@ static void MultiplyMany(const Product& p, int64_t m0, const Rows& rows, int64_t
       const int64_t blocks = std::min<int64_t>(kPanelBlocks, p.blocks - b0);
       for (int64_t r = 0; r < count; ++r)
         for (int64_t b = 0; b < blocks; ++b)
-          DecodeBlock<D, kScales>(d, BlockOf<D>(p, first + r, b0 + b, copy), &scales[r].scale.get()[(b0 + b) * p.slots],
-                                  &scales[r].offset.get()[(b0 + b) * p.slots], panel.get() + r * kStride + b * kBlock);
+          DecodeBlock<D, kScales>(d, BlockOf<D>(p, first + r, b0 + b, copy), scales[r].scale(p) + (b0 + b) * p.slots,
+                                  scales[r].offset() + (b0 + b) * p.slots, panel.get() + r * kStride + b * kBlock);
       for (int64_t m = 0; m < rows.m; m += kTileM) {
         const float* x = rows.values.get() + m * rows.stride + b0 * kBlock;
         for (int64_t n = 0; n < tiled; n += kTileN) {
@@ -398,9 +402,9 @@ template <class D>
 static void MultiplyCodes(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
   switch (p.scales) {
     case Scales::kOne: return MultiplyScaled<D, Scales::kOne>(p, m0, rows, n0, n1);
-    case Scales::kUnits: return MultiplyScaled<D, Scales::kUnits>(p, m0, rows, n0, n1);
+    case Scales::kSixteens: return MultiplyScaled<D, Scales::kSixteens>(p, m0, rows, n0, n1);
     case Scales::kLanes:
-      if constexpr (D::kUnits == 4) return MultiplyScaled<D, Scales::kLanes>(p, m0, rows, n0, n1);
+      if constexpr (D::kPacked) return MultiplyScaled<D, Scales::kLanes>(p, m0, rows, n0, n1);
   }
 }
 

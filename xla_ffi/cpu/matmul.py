@@ -55,6 +55,11 @@ def unsupported(
     return library.missing()
 
 
+def missing() -> str | None:
+    """Why no product can run on this machine, or None."""
+    return library.missing()
+
+
 def variant() -> str | None:
     """The instructions that the kernel uses on this machine; None where the library is not there."""
     return next(iter(library.instructions()), None)

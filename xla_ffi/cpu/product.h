@@ -11,16 +11,16 @@ namespace qjax::cpu {
 
 constexpr int64_t kBlock = 128;  // codes along K that are packed together; x is padded to it
 
+constexpr int64_t kPadding = 16;  // floats between rows in the cache: at powers of two they would push each other out
+
 // The codes' encoding: packed integers of 2 to 6 bits, packed indices of a table, and what has a byte each.
 enum class Codes { kInt2, kInt3, kInt4, kInt5, kInt6, kTable16, kInt8, kE4M3, kE5M2, kTable256 };
 
 enum class Number { kF32, kBF16, kF16, kE8M0, kE4M3, kInt8 };
 
-// How scales lie within a block of 128 codes in the kernels' order (see kernels.h).
-//   kOne     one for all of them
-//   kLanes   one for each 32 consecutive k: packed codes of groups of 32 and 64
-//   kUnits   one for each 8 (packed) or 16 (bytes) consecutive k: any group that is a multiple of that
-enum class Scales { kOne, kLanes, kUnits };
+// How scales lie within a block of 128 codes in the kernels' order (see kernels.h): one for all, or for each 32 or 16
+// consecutive k. Bytes have no form for 32.
+enum class Scales { kOne, kLanes, kSixteens };
 
 struct Array {
   const void* data = nullptr;
@@ -40,7 +40,8 @@ struct Product {
   float middle;        // the zero point of codes as the kernels decode them
   Scales scales;
   int64_t slots;       // scales of a block in the kernels' order
-  std::vector<int32_t> slot_group;  // [blocks, slots]: the group whose scale is there
+  std::vector<int32_t> slot_group;  // [blocks, slots], padded to 16: the group whose scale is there
+  bool slots_are_groups;            // slot_group[i] is i
   float* y;            // [m, n]
 };
 

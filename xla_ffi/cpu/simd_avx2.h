@@ -32,6 +32,10 @@ QJAX_INLINE I LoadQuads(const uint32_t* p) {
   return _mm256_srlv_epi32(four_times, _mm256_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12));
 }
 QJAX_INLINE I SetAll(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }
+template <int kFirst> QJAX_INLINE F RepeatEveryOther4(const float* p) {
+  const I index = _mm256_add_epi32(_mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6), SetAll(kFirst));
+  return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), index);
+}
 QJAX_INLINE I And(I a, I b) { return _mm256_and_si256(a, b); }
 QJAX_INLINE I Or(I a, I b) { return _mm256_or_si256(a, b); }
 QJAX_INLINE I Xor(I a, I b) { return _mm256_xor_si256(a, b); }
@@ -52,8 +56,15 @@ template <int kP> QJAX_INLINE F Lookup16(Table16 table, I words) {
 
 QJAX_INLINE __m128i LoadBytes(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
 QJAX_INLINE F Int8ToFloat(const uint8_t* p) { return ToFloat(_mm256_cvtepi8_epi32(LoadBytes(p))); }
+QJAX_INLINE F Gather(const float* from, const int32_t* index) {
+  return _mm256_i32gather_ps(from, _mm256_loadu_si256(reinterpret_cast<const I*>(index)), 4);
+}
 QJAX_INLINE F Lookup256(const float* table, const uint8_t* p) {
   return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(LoadBytes(p)), 4);
+}
+QJAX_INLINE F BFloatToFloat(const uint16_t* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 QJAX_INLINE F HalfToFloat(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -31,6 +31,10 @@ QJAX_INLINE I LoadQuads(const uint32_t* p) {
   return _mm512_srlv_epi32(_mm512_permutexvar_epi32(four_times, words), shift);
 }
 QJAX_INLINE I SetAll(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }
+template <int kFirst> QJAX_INLINE F RepeatEveryOther4(const float* p) {
+  const I index = _mm512_add_epi32(_mm512_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6, 0, 2, 4, 6, 0, 2, 4, 6), SetAll(kFirst));
+  return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+}
 QJAX_INLINE I And(I a, I b) { return _mm512_and_si512(a, b); }
 QJAX_INLINE I Or(I a, I b) { return _mm512_or_si512(a, b); }
 QJAX_INLINE I Xor(I a, I b) { return _mm512_xor_si512(a, b); }
@@ -48,8 +52,15 @@ template <int kP> QJAX_INLINE F Lookup16(Table16 table, I words) {
 
 QJAX_INLINE __m128i LoadBytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 QJAX_INLINE F Int8ToFloat(const uint8_t* p) { return ToFloat(_mm512_cvtepi8_epi32(LoadBytes(p))); }
+QJAX_INLINE F Gather(const float* from, const int32_t* index) {
+  return _mm512_i32gather_ps(_mm512_loadu_si512(index), from, 4);
+}
 QJAX_INLINE F Lookup256(const float* table, const uint8_t* p) {
   return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(LoadBytes(p)), table, 4);
+}
+QJAX_INLINE F BFloatToFloat(const uint16_t* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 QJAX_INLINE F HalfToFloat(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

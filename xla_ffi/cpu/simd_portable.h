@@ -29,6 +29,9 @@ QJAX_INLINE I LoadWords(const uint32_t* p) {
 QJAX_INLINE I LoadPairs(const uint32_t* p) { return I{p[0], p[0] >> 8, p[1], p[1] >> 8}; }
 QJAX_INLINE I LoadQuads(const uint32_t* p) { return I{p[0], p[0] >> 4, p[0] >> 8, p[0] >> 12}; }
 QJAX_INLINE I SetAll(uint32_t v) { return I{v, v, v, v}; }
+template <int kFirst> QJAX_INLINE F RepeatEveryOther4(const float* p) {
+  return F{p[kFirst], p[kFirst + 2], p[kFirst + 4], p[kFirst + 6]};
+}
 QJAX_INLINE I And(I a, I b) { return a & b; }
 QJAX_INLINE I Or(I a, I b) { return a | b; }
 QJAX_INLINE I Xor(I a, I b) { return a ^ b; }
@@ -48,6 +51,9 @@ QJAX_INLINE F Int8ToFloat(const uint8_t* p) {
   const auto* s = reinterpret_cast<const int8_t*>(p);
   return F{float(s[0]), float(s[1]), float(s[2]), float(s[3])};
 }
+QJAX_INLINE F Gather(const float* from, const int32_t* index) {
+  return F{from[index[0]], from[index[1]], from[index[2]], from[index[3]]};
+}
 QJAX_INLINE F Lookup256(const float* table, const uint8_t* p) {
   return F{table[p[0]], table[p[1]], table[p[2]], table[p[3]]};
 }
@@ -61,6 +67,10 @@ QJAX_INLINE float HalfBits(uint16_t half) {
     std::memcpy(&value, &bits, sizeof value);
   }
   return half >> 15 ? -value : value;
+}
+QJAX_INLINE F BFloatToFloat(const uint16_t* p) {
+  const I bits = {uint32_t(p[0]) << 16, uint32_t(p[1]) << 16, uint32_t(p[2]) << 16, uint32_t(p[3]) << 16};
+  return (F)bits;
 }
 QJAX_INLINE F HalfToFloat(const uint16_t* p) {
   return F{HalfBits(p[0]), HalfBits(p[1]), HalfBits(p[2]), HalfBits(p[3])};
