@@ -107,8 +107,9 @@ MAY_IMPORT = {
     "pallas_kernels.triton.*": Row("pallas_kernels.finish"),
     "pallas_kernels.mosaic.*": Row("pallas_kernels.finish"),
     "xla_ffi": Row(),
-    "xla_ffi.cublaslt.*": Row(),
-    "xla_ffi.cpu.*": Row(),
+    "xla_ffi.finish": Row(),
+    "xla_ffi.cublaslt.*": Row("xla_ffi.finish"),
+    "xla_ffi.cpu.*": Row("xla_ffi.finish"),
 }
 
 # Who may look a module up by its name: the kernels are found so, and may be absent.

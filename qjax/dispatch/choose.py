@@ -215,7 +215,9 @@ def facts(problem: Problem, device: Device) -> dict[str, Any]:
 
 
 def _told(route: Route, name: str) -> str | None:
-    """What a route's module says of itself on this machine by one of the functions that it need not have."""
+    """What a route's module says of this machine by one of the functions that it need not have."""
+    if route.is_reference:
+        return None
     tell = getattr(load(route), name, None)
     return None if tell is None else tell()
 
@@ -232,10 +234,17 @@ def possible(device: Device, routes: tuple[Route, ...] = ROUTES) -> tuple[str, .
         for route in routes
         if (route.platforms is None or device.platform in route.platforms)
         and route.cc_min <= device.cc <= (device.cc if route.cc_max is None else route.cc_max)
-        and _is_present(route)
-        and (route.is_reference or _told(route, "missing") is None)
+        and _is_complete(route)
     )
     return tuple(dict.fromkeys(fits))
+
+
+def _is_complete(route: Route) -> bool:
+    """Whether the module is there, imports, and misses nothing on this machine."""
+    try:
+        return _is_present(route) and _told(route, "missing") is None
+    except ImportError:
+        return False
 
 
 def _is_present(route: Route) -> bool:
@@ -295,7 +304,7 @@ def _why(
     if device.takes("bfloat16"):
         speedup = roofline.speedup_over_bf16(best.estimate, problem, device)
         text += f", {speedup:.2g}x a bf16 weight"
-    variant = None if best.route.is_reference else _told(best.route, "variant")
+    variant = _told(best.route, "variant")
     return text if variant is None else f"{text}, {variant}"
 
 

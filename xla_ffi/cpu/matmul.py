@@ -20,7 +20,7 @@ import numpy as np
 from xla_ffi.cpu import library
 from xla_ffi.finish import finish
 
-_BLOCK = 128  # a group of any multiple of it has one scale a block
+_UNIT = 16  # codes along k that must share a scale
 _X = ("float32", "bfloat16", "float16")
 _SCALES = (*_X, "float8_e8m0fnu", "float8_e4m3fn")
 
@@ -39,7 +39,7 @@ TABLES: dict[str, tuple[float, ...]] = {
 
 
 def unsupported(
-    m: int, k: int, n: int, *, bits: int, group: int, x_format: str | None, x_dtype: str, scale_dtype: str,
+    m: int, k: int, n: int, *, group: int, x_format: str | None, x_dtype: str, scale_dtype: str,
     transposed: bool, features: frozenset[str] = frozenset(), **_: Any,
 ) -> str | None:  # fmt: skip
     """Why this kernel cannot do a product, or None."""
@@ -49,9 +49,8 @@ def unsupported(
         return f"it takes x in {', '.join(_X)}, not in {x_format or x_dtype}"
     if scale_dtype not in _SCALES and "nested_scale" not in features:
         return f"it reads scales in {', '.join(_SCALES)}, not in {scale_dtype}"
-    unit = 8 if bits < 8 else 16
-    if group < k and group % unit:
-        return f"groups of {group}: with {bits} bits it knows multiples of {unit}, or one in all of K"
+    if group < k and group % _UNIT:
+        return f"groups of {group}: it knows multiples of {_UNIT}, or one in all of K"
     return library.missing()
 
 

@@ -75,7 +75,9 @@ def test_x_of_any_float_with_bias_activation_and_residual_is_rounded_once(scheme
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-@pytest.mark.parametrize("scheme", ["w4a16:symmetric=false", "w8a16:group_size=16,symmetric=false", "w5a16:symmetric=false"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a16:symmetric=false", "w8a16:group_size=16,symmetric=false", "w5a16:symmetric=false"]
+)
 def test_zero_points_may_be_real_numbers(scheme, instructions):
     for m in (1, 6):
         check(Product(scheme, m, 400, 21, real_zero=True), instructions)
@@ -116,7 +118,9 @@ for scheme in ("w4a16", "w8a16:group_size=32,symmetric=false", "nvfp4"):
 @functools.cache
 def bits_with(threads: int) -> bytes:
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PJRT_NPROC": str(threads)}
-    return subprocess.run([sys.executable, "-c", PRODUCTS_OF_ANY_THREADS], env=env, capture_output=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", PRODUCTS_OF_ANY_THREADS], env=env, capture_output=True, check=True
+    ).stdout
 
 
 @pytest.mark.parametrize("threads", [2, 5])
@@ -161,7 +165,7 @@ def test_gradients_vmap_and_scan_go_through_it():
     ],
 )
 def test_what_it_cannot_do_is_said(facts, reason):
-    known = dict(bits=4, group=128, x_format=None, x_dtype="float32", scale_dtype="float16", transposed=False)
+    known = dict(group=128, x_format=None, x_dtype="float32", scale_dtype="float16", transposed=False)
     assert matmul.unsupported(1, 256, 64, **known) is None
     assert reason in matmul.unsupported(1, 256, 64, **(known | facts))
 
