@@ -79,5 +79,7 @@ ROUTES: tuple[Route, ...] = (
           frozenset({"e4m3", "e2m1"}), frozenset({"global_scale"}), GPU, 100, m_min=1),
     Route("cpu.matmul", "cpu", "xla_ffi.cpu.matmul", INTEGERS | TABLES | BYTES | {"e2m1"},
           AS_IT_IS, SCALED | ZEROS | PIECES | {"codebook"}, CPU, m_min=1),
+    Route("cpu.matmul_int8", "cpu", "xla_ffi.cpu.matmul_int8", frozenset({"int4", "int8"}),
+          frozenset({"int8"}), SCALED | ZEROS | PIECES, CPU, m_min=1),
 )
 # fmt: on

@@ -4,7 +4,7 @@
 //     n' = n / block_n, k' = k / group
 //
 // Operands, row-major, in this order; those after scale only where their bit of the attribute `operands` is set:
-//     x [.., M, K] float   packed [.., N, ceil(K / 128), 4 * bits] uint32, or [.., N, K] of a byte each
+//     x [.., M, K] float, or int8 whose scales the caller applies   packed [.., N, ceil(K / 128), 4 * bits] uint32, or [.., N, K] of a byte each
 //     scale [.., ceil(N / block_n), ceil(K / group)]   zero_point, like scale   codebook [.., 16 or 256] float32
 // Result: y [.., M, N] float32. Attributes: `table`, the codes' values where the format has its own table, else empty;
 // `instructions`, a name of those below, or empty for the best that this machine has.
@@ -54,44 +54,83 @@ namespace qjax::cpu {
 namespace {
 
 #if defined(__x86_64__)
+namespace avx512_vnni {
+QJAX_COMPILE_FOR("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")
+#define QJAX_VNNI 1
+#include "simd_avx512.h"
+#include "weight_rows.h"
+#include "kernels_int8.h"
+#undef QJAX_VNNI
+QJAX_COMPILE_FOR_ALL
+}  // namespace avx512_vnni
+
 namespace avx512 {
 QJAX_COMPILE_FOR("avx512f,avx512bw,avx512vl,avx2,fma,f16c")
+#define QJAX_VNNI 0
 #include "simd_avx512.h"
+#include "weight_rows.h"
 #include "kernels.h"
+#include "kernels_int8.h"
+#undef QJAX_VNNI
 QJAX_COMPILE_FOR_ALL
-bool Available() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-}
 }  // namespace avx512
 
 namespace avx2 {
 QJAX_COMPILE_FOR("avx2,fma,f16c")
 #include "simd_avx2.h"
+#include "weight_rows.h"
 #include "kernels.h"
+#include "kernels_int8.h"
 QJAX_COMPILE_FOR_ALL
-// Every processor with AVX2 converts float16.
-bool Available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 }  // namespace avx2
 #endif
 
 namespace portable {
 #include "simd_portable.h"
+#include "weight_rows.h"
 #include "kernels.h"
-bool Available() { return true; }
+#include "kernels_int8.h"
 }  // namespace portable
 
-constexpr Instructions kInstructions[] = {
+bool Always() { return true; }
 #if defined(__x86_64__)
-    {"avx512", avx512::Available, avx512::Prepare, avx512::Multiply},
-    {"avx2", avx2::Available, avx2::Prepare, avx2::Multiply},
+bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }  // and F16C, all of them
+bool HasAvx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+bool HasVnni() { return HasAvx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
-    {"portable", portable::Available, portable::Prepare, portable::Multiply},
+
+// Best first: for x as floats, and for x as int8.
+constexpr Instructions kForFloats[] = {
+#if defined(__x86_64__)
+    {"avx512", HasAvx512, avx512::Prepare, avx512::Multiply},
+    {"avx2", HasAvx2, avx2::Prepare, avx2::Multiply},
+#endif
+    {"portable", Always, portable::Prepare, portable::Multiply},
+};
+constexpr Instructions kForInt8[] = {
+#if defined(__x86_64__)
+    {"avx512_vnni", HasVnni, avx512_vnni::PrepareCodes, avx512_vnni::MultiplyInt8},
+    {"avx512", HasAvx512, avx512::PrepareCodes, avx512::MultiplyInt8},
+    {"avx2", HasAvx2, avx2::PrepareCodes, avx2::MultiplyInt8},
+#endif
+    {"portable", Always, portable::PrepareCodes, portable::MultiplyInt8},
 };
 
-const Instructions* FindInstructions(std::string_view name) {
-  for (const Instructions& set : kInstructions)
+template <size_t kCount>
+const Instructions* Find(const Instructions (&sets)[kCount], std::string_view name) {
+  for (const Instructions& set : sets)
     if ((name.empty() || name == set.name) && set.available()) return &set;
   return nullptr;
+}
+
+template <size_t kCount>
+std::string NamesOf(const Instructions (&sets)[kCount]) {
+  std::string found;
+  for (const Instructions& set : sets)
+    if (set.available()) found += (found.empty() ? "" : " ") + std::string(set.name);
+  return found;
 }
 
 constexpr int64_t kRowsAtOnce = 64;         // of x: what is prepared, and kept beside a panel of the weight
@@ -193,8 +232,11 @@ ffi::Error Describe(const Operands& o, ffi::Span<const float> table, int64_t gro
   const bool has_table = o.role[kCodebook] || table.size() > 0;
   const auto codes = CodesOf(o.packed, has_table);
   const auto x_type = NumberOf(o.x.element_type()), scale_type = NumberOf(o.scale.element_type());
-  if (!codes || !x_type || *x_type > Number::kF16 || !scale_type || *scale_type == Number::kInt8)
+  if (!codes || !x_type || *x_type == Number::kE8M0 || *x_type == Number::kE4M3 || !scale_type ||
+      *scale_type == Number::kInt8)
     return Wrong("a dtype that it does not read", o);
+  if (*x_type == Number::kInt8 && *codes != Codes::kInt4 && *codes != Codes::kInt8)
+    return Wrong("x as int8 meets codes of int4 and int8", o);
   p.codes_type = *codes;
   const bool is_packed = IsPacked(*codes);
   const size_t own = is_packed ? 3 : 2;
@@ -233,6 +275,8 @@ ffi::Error Describe(const Operands& o, ffi::Span<const float> table, int64_t gro
   p.scale = {o.scale.untyped_data(), *scale_type};
   p.y = static_cast<float*>(o.y.untyped_data());
   if (!PlaceScales(p)) return Wrong("groups are multiples of 16, or all of K", o);
+  if (*x_type == Number::kInt8 && p.scales == Scales::kSixteens)
+    return Wrong("with x as int8 groups are multiples of 32 (int4) or 128 (int8), or all of K", o);
   return ffi::Error::Success();
 }
 
@@ -254,8 +298,13 @@ void Run(const Product& p, const Instructions& set, ffi::ThreadPool& pool) {
     Rows rows;
     rows.m = std::min(kRowsAtOnce, p.m - m0);
     rows.stride = p.blocks * kBlock + kPadding;
-    rows.values = NewFloats(rows.m * rows.stride);
-    rows.sums = NewFloats(p.zero.data != nullptr ? rows.m * p.groups : 0);
+    if (p.x.type == Number::kInt8) {
+      rows.codes = New<int8_t>(rows.m * rows.stride);
+      rows.corrections = New<int32_t>(rows.m * p.blocks * 16);
+    } else {
+      rows.values = New<float>(rows.m * rows.stride);
+    }
+    rows.sums = New<float>(p.zero.data != nullptr ? rows.m * p.groups : 0);
     auto prepare = [&](int64_t i) { set.prepare(p, m0, rows, i); };
     if (rows.m * p.k < kWorkOfATask) {
       for (int64_t i = 0; i < rows.m; ++i) prepare(i);
@@ -282,7 +331,8 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packe
     if (buffer.has_error()) return buffer.error();
     o.role[r] = buffer.value();
   }
-  const Instructions* set = FindInstructions(instructions);
+  const bool int8_x = x.element_type() == ffi::S8;
+  const Instructions* set = int8_x ? Find(kForInt8, instructions) : Find(kForFloats, instructions);
   if (set == nullptr)
     return ffi::Error::InvalidArgument("qjax_cpu_matmul: this machine does not have the instructions '" +
                                        std::string(instructions) + "'");
@@ -321,12 +371,11 @@ const char QjaxCpuInterface[] = "XLA FFI " QJAX_TEXT(XLA_FFI_API_MAJOR) "." QJAX
 
 // What library.py reads: the instructions of this machine that there are kernels for, best first, separated by spaces.
 extern "C" const char* QjaxCpuInstructions() {
-  static const std::string names = [] {
-    std::string found;
-    for (const Instructions& set : kInstructions)
-      if (set.available()) found += (found.empty() ? "" : " ") + std::string(set.name);
-    return found;
-  }();
+  static const std::string names = NamesOf(kForFloats);
+  return names.c_str();
+}
+extern "C" const char* QjaxCpuInt8Instructions() {
+  static const std::string names = NamesOf(kForInt8);
   return names.c_str();
 }
 

@@ -13,7 +13,6 @@
 // panel of 16 rows of the weight by 512 k is dequantized into the cache and multiplied by all rows of x in tiles of
 // registers. Every element of y is one chain of additions whose order depends on K alone.
 
-constexpr int kParts = 16 / kLanes;
 constexpr int kFewRows = 2;
 constexpr int kTileM = 4;
 constexpr int kPanelRows = 16;
@@ -105,53 +104,17 @@ struct ByteTable : Bytes {
   template <int kP> QJAX_INLINE F Value(Words w) const { return Lookup256(table, w + 16 * kP); }
 };
 
-// ---- numbers -> float32 ----------------------------------------------------------------------------------------------
-
-constexpr int SizeOf(Number type) {
-  return type == Number::kF32 ? 4 : type == Number::kBF16 || type == Number::kF16 ? 2 : 1;
-}
-
-template <Number kType> QJAX_INLINE F ReadNumbers(const uint8_t* p) {
-  if constexpr (kType == Number::kF32) return Load(reinterpret_cast<const float*>(p));
-  if constexpr (kType == Number::kBF16) return BFloatToFloat(reinterpret_cast<const uint16_t*>(p));
-  if constexpr (kType == Number::kF16) return HalfToFloat(reinterpret_cast<const uint16_t*>(p));
-  if constexpr (kType == Number::kE8M0) return Lookup256(kE8M0Values.data(), p);
-  if constexpr (kType == Number::kE4M3) return Mul(E4M3ToFloatOver256(p), Set1(256));
-  return Int8ToFloat(p);
-}
-
-template <Number kType> static void ToFloatsFrom(const uint8_t* p, int64_t count, float* out) {
-  constexpr int kStep = kLanes * SizeOf(kType);
-  for (; count >= kLanes; count -= kLanes, p += kStep, out += kLanes) Store(out, ReadNumbers<kType>(p));
-  uint8_t rest[kStep] = {};
-  float values[kLanes];
-  std::memcpy(rest, p, count * SizeOf(kType));
-  Store(values, ReadNumbers<kType>(rest));
-  std::memcpy(out, values, count * sizeof(float));
-}
-
-static void ToFloats(const Array& array, int64_t from, int64_t count, float* out) {
-  const uint8_t* p = static_cast<const uint8_t*>(array.data) + from * SizeOf(array.type);
-  switch (array.type) {
-    case Number::kF32: return ToFloatsFrom<Number::kF32>(p, count, out);
-    case Number::kBF16: return ToFloatsFrom<Number::kBF16>(p, count, out);
-    case Number::kF16: return ToFloatsFrom<Number::kF16>(p, count, out);
-    case Number::kE8M0: return ToFloatsFrom<Number::kE8M0>(p, count, out);
-    case Number::kE4M3: return ToFloatsFrom<Number::kE4M3>(p, count, out);
-    case Number::kInt8: return ToFloatsFrom<Number::kInt8>(p, count, out);
-  }
-}
-
 // Where in a block of x stands what meets code `i` of the kernels' order.
 static constexpr int PackedPosition(int i) {
   const int p = i / 16, c = i % 16 / 4, j = i % 4;
   return 32 * j + 16 * (p >> 1 & 1) + 8 * (p & 1) + 2 * c + (p >> 2);
 }
 
+// Row m0 + i of x in float32 and in the kernels' order, and its sums over groups.
 static void Prepare(const Product& p, int64_t m0, Rows& rows, int64_t i) {
   float* out = rows.values.get() + i * rows.stride;
   const bool packed = IsPacked(p.codes_type);
-  Floats straight = packed ? NewFloats(rows.stride) : nullptr;
+  Buffer<float> straight = packed ? New<float>(rows.stride) : nullptr;
   float* row = packed ? straight.get() : out;
   ToFloats(p.x, (m0 + i) * p.k, p.k, row);
   std::memset(row + p.k, 0, (rows.stride - p.k) * sizeof(float));
@@ -168,60 +131,7 @@ static void Prepare(const Product& p, int64_t m0, Rows& rows, int64_t i) {
     for (int q = 0; q < kBlock; ++q) out[b + q] = row[b + PackedPosition(q)];
 }
 
-// ---- a row of the weight ---------------------------------------------------------------------------------------------
-
-// Scales of one row of the weight, and what zero points add to a weight: value * scale + offset.
-class RowScales {
- public:
-  explicit RowScales(const Product& p)
-      : by_group_(NewFloats(p.groups)),
-        offset_by_group_(NewFloats(p.groups)),
-        scale_(NewFloats(p.blocks * p.slots)),
-        offset_(NewFloats(p.blocks * p.slots)) {
-    std::memset(offset_.get(), 0, p.blocks * p.slots * sizeof(float));
-  }
-
-  // Reads those of row n; `factor` multiplies the scales.
-  void Read(const Product& p, int64_t n, float factor) {
-    const int64_t from = n / p.block_n * p.groups;
-    float *s = by_group_.get(), *o = offset_by_group_.get();
-    ToFloats(p.scale, from, p.groups, s);
-    if (p.zero.data != nullptr) {
-      ToFloats(p.zero, from, p.groups, o);
-      for (int64_t g = 0; g < p.groups; ++g) o[g] = (p.middle - o[g]) * s[g];
-    }
-    if (factor != 1)
-      for (int64_t g = 0; g < p.groups; ++g) s[g] *= factor;
-    if (!p.slots_are_groups) Spread(p, s, scale_.get());
-  }
-
-  // After Read, where `offset` is wanted.
-  void SpreadOffsets(const Product& p) {
-    if (p.zero.data != nullptr) Spread(p, offset_by_group_.get(), offset_.get());
-  }
-
-  const float* scale(const Product& p) const { return (p.slots_are_groups ? by_group_ : scale_).get(); }
-  const float* offset() const { return offset_.get(); }                    // [blocks, slots], as scale
-  const float* offset_by_group() const { return offset_by_group_.get(); }  // [groups]
-
- private:
-  static void Spread(const Product& p, const float* from, float* to) {
-    for (int64_t i = 0; i < p.blocks * p.slots; i += kLanes) Store(to + i, Gather(from, &p.slot_group[i]));
-  }
-
-  Floats by_group_, offset_by_group_, scale_, offset_;
-};
-
-// A block of codes of row n: where it lies, or a copy filled up with zeros where K ends inside of it.
-template <class D>
-QJAX_INLINE const uint8_t* BlockOf(const Product& p, int64_t n, int64_t b, uint8_t* copy) {
-  const uint8_t* at = p.codes + n * p.row_bytes + b * D::kBytes;
-  const int64_t left = p.row_bytes - b * D::kBytes;
-  if (left >= D::kBytes) return at;
-  std::memset(copy, 0, D::kBytes);
-  std::memcpy(copy, at, left);
-  return copy;
-}
+// ---- scales of a block -----------------------------------------------------------------------------------------------
 
 template <class D, Scales kScales, int kP> QJAX_INLINE F ScaleAt(const float* block) {
   if constexpr (kScales == Scales::kOne) return Set1(block[0]);
@@ -287,12 +197,7 @@ static void MultiplyFew(const Product& p, int64_t m0, const Rows& rows, int64_t 
     float* y = p.y + m0 * p.n;
     (rows.m == 1 ? MultiplyRow<D, kScales, 1> : MultiplyRow<D, kScales, kFewRows>)(p, d, x, rows.stride, n, scale, y);
     if (p.zero.data == nullptr) continue;
-    const float* offset = scales.offset_by_group();
-    for (int64_t m = 0; m < rows.m; ++m) {
-      float sum = 0;
-      for (int64_t g = 0; g < p.groups; ++g) sum += offset[g] * rows.sums.get()[m * p.groups + g];
-      y[m * p.n + n] += sum;
-    }
+    for (int64_t m = 0; m < rows.m; ++m) y[m * p.n + n] += scales.DotOffsets(p, rows.sums.get() + m * p.groups);
   }
 }
 
@@ -352,7 +257,7 @@ template <class D, Scales kScales>
 static void MultiplyMany(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
   const D d(p);
   constexpr int64_t kStride = kPanelBlocks * kBlock + kPadding, kSums = kPanelRows * kLanes;
-  const Floats panel = NewFloats(kPanelRows * kStride), sums = NewFloats(rows.m * kSums);
+  const Buffer<float> panel = New<float>(kPanelRows * kStride), sums = New<float>(rows.m * kSums);
   std::vector<RowScales> scales;
   for (int i = 0; i < kPanelRows; ++i) scales.emplace_back(p);
   uint8_t copy[D::kBytes];

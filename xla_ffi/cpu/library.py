@@ -25,7 +25,7 @@ def _open() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load here: {error}"
-    library.QjaxCpuInstructions.restype = ctypes.c_char_p
+    library.QjaxCpuInstructions.restype = library.QjaxCpuInt8Instructions.restype = ctypes.c_char_p
     return library
 
 
@@ -35,11 +35,16 @@ def missing() -> str | None:
     return library if isinstance(library, str) else None
 
 
-@functools.cache
 def instructions() -> tuple[str, ...]:
-    """The instruction sets of this machine that there are kernels for, the one that is used first; none if `missing`."""
+    """The instruction sets of this machine that there are kernels for, the best first; none where the library is not."""
     library = _open()
     return () if isinstance(library, str) else tuple(library.QjaxCpuInstructions().decode().split())
+
+
+def int8_instructions() -> tuple[str, ...]:
+    """The same for x as int8."""
+    library = _open()
+    return () if isinstance(library, str) else tuple(library.QjaxCpuInt8Instructions().decode().split())
 
 
 @functools.cache

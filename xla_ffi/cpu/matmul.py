@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xla_ffi.cpu import library
+from xla_ffi.cpu.call import multiply
 from xla_ffi.finish import finish
 
 _UNIT = 16  # codes along k that must share a scale
@@ -107,18 +107,9 @@ def matmul(
     Raises:
       RuntimeError: the library of handlers is not built, or does not load.
     """
-    library.register()
-    given = [a for a in (zero_point, codebook) if a is not None]
-    call = jax.ffi.ffi_call(
-        library.TARGET, jax.ShapeDtypeStruct((x.shape[0], packed.shape[0]), jnp.float32), vmap_method="broadcast_all"
-    )
-    y = call(
-        x, packed, scale, *given,
-        operands=np.int32((zero_point is not None) + 2 * (codebook is not None)),
-        group=np.int64(min(group, x.shape[1])),
-        block_n=np.int64(min(block_n, packed.shape[0])),
-        table=np.array(() if codebook is not None else TABLES.get(weight, ()), np.float32),
-        instructions=(config or {}).get("instructions", ""),
+    y = multiply(
+        x, packed, scale, group=group, block_n=block_n, zero_point=zero_point, codebook=codebook,
+        table=TABLES.get(weight, ()), **(config or {}),
     )  # fmt: skip
     return finish(
         y, jnp.dtype(out_dtype or x.dtype), global_scale=global_scale, bias=bias, activation=activation,

@@ -11,7 +11,7 @@ namespace qjax::cpu {
 
 constexpr int64_t kBlock = 128;  // codes along K that are packed together; x is padded to it
 
-constexpr int64_t kPadding = 16;  // floats between rows in the cache: at powers of two they would push each other out
+constexpr int64_t kPadding = 64;  // elements between rows in the cache: at powers of two they would push each other out
 
 // The codes' encoding: packed integers of 2 to 6 bits, packed indices of a table, and what has a byte each.
 enum class Codes { kInt2, kInt3, kInt4, kInt5, kInt6, kTable16, kInt8, kE4M3, kE5M2, kTable256 };
@@ -47,21 +47,24 @@ struct Product {
 
 inline bool IsPacked(Codes type) { return type <= Codes::kTable16; }
 
-// Memory that starts at a cache line.
-struct FreeAligned {
-  void operator()(float* p) const { std::free(p); }
+// Memory that starts at a cache line and ends with one.
+struct Free {
+  void operator()(void* p) const { std::free(p); }
 };
-using Floats = std::unique_ptr<float, FreeAligned>;
-inline Floats NewFloats(int64_t count) {
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
-  return Floats(static_cast<float*>(std::aligned_alloc(64, bytes > 0 ? bytes : 64)));
+template <class T>
+using Buffer = std::unique_ptr<T, Free>;
+template <class T>
+static Buffer<T> New(int64_t count) {
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64)));
 }
 
-// Rows of x in float32, padded with zeros to whole blocks, in the order in which codes are decoded.
+// Rows of x, padded with zeros to whole blocks, in the order in which codes are decoded.
 struct Rows {
   int64_t m, stride;
-  Floats values;  // [m, stride]
-  Floats sums;    // [m, groups]: of x over each group; where there are zero points
+  Buffer<float> values;         // [m, stride]: x as floats
+  Buffer<int8_t> codes;         // [m, stride]: x as int8
+  Buffer<int32_t> corrections;  // [m, blocks, 16]: with codes, see kernels_int8.h
+  Buffer<float> sums;           // [m, groups]: of x over each group; where there are zero points
 };
 
 struct Instructions {

@@ -42,6 +42,18 @@ QJAX_INLINE I Xor(I a, I b) { return _mm256_xor_si256(a, b); }
 template <int kBits> QJAX_INLINE I ShiftLeft(I a) { return _mm256_slli_epi32(a, kBits); }
 template <int kBits> QJAX_INLINE I ShiftRight(I a) { return _mm256_srli_epi32(a, kBits); }
 template <int kBits> QJAX_INLINE I ShiftSigned(I a) { return _mm256_srai_epi32(a, kBits); }
+QJAX_INLINE I AddWords(I a, I b) { return _mm256_add_epi32(a, b); }
+QJAX_INLINE int32_t SumWords(I a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+// sums[i] + the four products of unsigned by signed bytes of word i, exactly.
+QJAX_INLINE I AddProducts(I sums, I bytes, I signed_bytes) {
+  const I even = _mm256_srai_epi16(_mm256_slli_epi16(signed_bytes, 8), 8), odd = _mm256_srai_epi16(signed_bytes, 8);
+  const I products = _mm256_madd_epi16(And(bytes, SetAll(0x00ff00ffu)), even);
+  return AddWords(AddWords(sums, products), _mm256_madd_epi16(_mm256_srli_epi16(bytes, 8), odd));
+}
 QJAX_INLINE F ToFloat(I a) { return _mm256_cvtepi32_ps(a); }
 
 struct Table16 {

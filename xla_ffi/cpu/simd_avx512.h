@@ -41,6 +41,18 @@ QJAX_INLINE I Xor(I a, I b) { return _mm512_xor_si512(a, b); }
 template <int kBits> QJAX_INLINE I ShiftLeft(I a) { return _mm512_slli_epi32(a, kBits); }
 template <int kBits> QJAX_INLINE I ShiftRight(I a) { return _mm512_srli_epi32(a, kBits); }
 template <int kBits> QJAX_INLINE I ShiftSigned(I a) { return _mm512_srai_epi32(a, kBits); }
+QJAX_INLINE I AddWords(I a, I b) { return _mm512_add_epi32(a, b); }
+QJAX_INLINE int32_t SumWords(I a) { return _mm512_reduce_add_epi32(a); }
+// sums[i] + the four products of unsigned by signed bytes of word i, exactly.
+QJAX_INLINE I AddProducts(I sums, I bytes, I signed_bytes) {
+#if QJAX_VNNI
+  return _mm512_dpbusd_epi32(sums, bytes, signed_bytes);
+#else
+  const I even = _mm512_srai_epi16(_mm512_slli_epi16(signed_bytes, 8), 8), odd = _mm512_srai_epi16(signed_bytes, 8);
+  const I products = _mm512_madd_epi16(And(bytes, SetAll(0x00ff00ffu)), even);
+  return AddWords(AddWords(sums, products), _mm512_madd_epi16(_mm512_srli_epi16(bytes, 8), odd));
+#endif
+}
 QJAX_INLINE F ToFloat(I a) { return _mm512_cvtepi32_ps(a); }
 
 using Table16 = F;

@@ -38,6 +38,16 @@ QJAX_INLINE I Xor(I a, I b) { return a ^ b; }
 template <int kBits> QJAX_INLINE I ShiftLeft(I a) { return a << kBits; }
 template <int kBits> QJAX_INLINE I ShiftRight(I a) { return a >> kBits; }
 template <int kBits> QJAX_INLINE I ShiftSigned(I a) { return (I)((Signed)a >> kBits); }
+QJAX_INLINE I AddWords(I a, I b) { return a + b; }
+QJAX_INLINE int32_t SumWords(I a) { return int32_t(a[0] + a[1] + a[2] + a[3]); }
+// sums[i] + the four products of unsigned by signed bytes of word i, exactly.
+template <int kByte> QJAX_INLINE Signed ProductOfByte(I bytes, I signed_bytes) {
+  return (Signed)(bytes >> 8 * kByte & 255) * ((Signed)(signed_bytes << (24 - 8 * kByte)) >> 24);
+}
+QJAX_INLINE I AddProducts(I sums, I bytes, I signed_bytes) {
+  return sums + (I)(ProductOfByte<0>(bytes, signed_bytes) + ProductOfByte<1>(bytes, signed_bytes) +
+                    ProductOfByte<2>(bytes, signed_bytes) + ProductOfByte<3>(bytes, signed_bytes));
+}
 QJAX_INLINE F ToFloat(I a) { return __builtin_convertvector((Signed)a, F); }
 
 using Table16 = const float*;

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(librar
 
 INSTRUCTIONS = library.instructions() or ("none",)
 
-# M of both forms and of more than one round of 64 rows; N one, odd and over a panel; K of one block, of many, of neither
-# a whole block nor a whole vector.
+# M of both forms and over one round of 64 rows; N one, odd and over a panel; K of one block, of many, of neither a whole
+# block nor a whole vector.
 SHAPES = ((1, 256, 37), (2, 128, 1), (3, 392, 24), (9, 640, 17), (70, 136, 5))
 
 
@@ -62,7 +62,7 @@ def check(product: Product, instructions: str, seed: int = 0) -> None:
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY)
 def test_every_format_gives_the_product_of_float64_at_odd_shapes(scheme, instructions):
-    for m, k, n in SHAPES:
+    for m, k, n in SHAPES[WEIGHT_ONLY.index(scheme) % 2 :: 2]:
         check(Product(scheme, m, k, n, x_dtype="float32"), instructions)
 
 
