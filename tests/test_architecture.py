@@ -114,8 +114,9 @@ MAY_IMPORT = {
     "pallas_kernels.triton.*": Row("pallas_kernels.finish pallas_kernels.result pallas_kernels.dense_dot"),
     "pallas_kernels.mosaic.*": Row("pallas_kernels.finish pallas_kernels.result"),
     "xla_ffi": Row(),
-    "xla_ffi.cublaslt.*": Row(),
-    "xla_ffi.cpu.*": Row(),
+    "xla_ffi.finish": Row(),
+    "xla_ffi.cublaslt.*": Row("xla_ffi.finish"),
+    "xla_ffi.cpu.*": Row("xla_ffi.finish"),
 }
 
 # Who may look a module up by its name: the kernels are found so, and may be absent.

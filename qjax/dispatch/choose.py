@@ -240,21 +240,37 @@ def facts(problem: Problem, device: Device) -> dict[str, Any]:
     }
 
 
+def _told(route: Route, name: str) -> str | None:
+    """What a route's module says of this machine by one of the functions that it need not have."""
+    if route.is_reference:
+        return None
+    tell = getattr(load(route), name, None)
+    return None if tell is None else tell()
+
+
 def load(kernel: Route | Quantizer) -> ModuleType:
     """The module of a route, whose `matmul` runs it, or of a quantizer."""
     return importlib.import_module(kernel.module)
 
 
 def possible(device: Device, routes: tuple[Route, ...] = ROUTES) -> tuple[str, ...]:
-    """The backends that have a kernel for the device, and whose folder is there."""
+    """The backends that have a kernel for the device, and of which nothing is missing."""
     fits = (
         route.backend
         for route in routes
         if (route.platforms is None or device.platform in route.platforms)
         and route.cc_min <= device.cc <= (device.cc if route.cc_max is None else route.cc_max)
-        and is_present(route)
+        and _is_complete(route)
     )
     return tuple(dict.fromkeys(fits))
+
+
+def _is_complete(route: Route) -> bool:
+    """Whether the module is there, imports, and misses nothing on this machine."""
+    try:
+        return is_present(route) and _told(route, "missing") is None
+    except ImportError:
+        return False
 
 
 def is_present(kernel: Route | Quantizer) -> bool:
@@ -314,7 +330,8 @@ def _why(
     if device.takes("bfloat16"):
         speedup = roofline.speedup_over_bf16(best.estimate, problem, device)
         text += f", {speedup:.2g}x a bf16 weight"
-    return text
+    variant = _told(best.route, "variant")
+    return text if variant is None else f"{text}, {variant}"
 
 
 def _slower(other: _Candidate, best: _Candidate) -> str:

@@ -122,6 +122,12 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
     ("cublaslt.dense", "gpu", False): (
         Efficiency(0.8, 0.62, 3e-6, "as xla.dequantize_dot: 565 us of bf16 product at M=2048", 2),
     ),
+    ("cpu.matmul", "cpu", True): (
+        Efficiency(0.8, 1.0, 1e-5, _EPYC + "0.57 ms (int4 g128) at M=1, 1.4 ms at M=2, 3.1 ms at M=8"),
+    ),
+    ("cpu.matmul", "cpu", False): (
+        Efficiency(0.9, 1.0, 1e-5, _EPYC + "0.92 ms (int8) at M=1, 3.4 ms at M=8"),
+    ),
     ("xla.reference", "cpu", True): (
         Efficiency(
             0.2, 1.0, 1e-5, _EPYC + "39 ms (int4 g128) at M=1, 26 ms at M=16", 4

@@ -65,6 +65,7 @@ INTEGERS = frozenset({"int2", "int3", "int4", "int5", "int6"})
 TABLES = frozenset({"nf4", "fp4"})
 BYTES = frozenset({"int8", "e4m3", "e5m2"})
 GPU = frozenset({"gpu"})
+CPU = frozenset({"cpu"})
 AS_IT_IS: frozenset[str | None] = frozenset({None})
 SCALED = frozenset({"global_scale", "nested_scale"})
 ZEROS = frozenset({"zero_point", "zero_point_real"})
@@ -99,6 +100,10 @@ ROUTES: tuple[Route, ...] = (
           AS_IT_IS, frozenset({"global_scale"}), GPU, 80, m_min=64),
     Route("cublaslt.microscaling", "cublaslt", "xla_ffi.cublaslt.microscaling", frozenset({"e4m3", "e5m2", "e2m1"}),
           frozenset({"e4m3", "e2m1"}), frozenset({"global_scale"}), GPU, 100, m_min=1),
+    Route("cpu.matmul", "cpu", "xla_ffi.cpu.matmul", INTEGERS | TABLES | BYTES | {"e2m1"},
+          AS_IT_IS, SCALED | ZEROS | PIECES | {"codebook"}, CPU, m_min=1),
+    Route("cpu.matmul_int8", "cpu", "xla_ffi.cpu.matmul_int8", frozenset({"int4", "int8"}),
+          frozenset({"int8"}), SCALED | ZEROS | PIECES, CPU, m_min=1),
 )
 # fmt: on
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from xla_ffi.cublaslt.call import BIAS, DEFAULT, GELU_TANH, RELU
+from xla_ffi.finish import finish
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -59,11 +60,4 @@ class Epilogue:
 
     def finish(self, y: jax.Array, out_dtype: Any) -> jax.Array:
         """The same in plain JAX: float32, rounded once to `out_dtype`."""
-        y = y.astype(jnp.float32)
-        if self.bias is not None:
-            y = y + self.bias.astype(jnp.float32)
-        if self.activation is not None:
-            y = self.activation(y)
-        if self.residual is not None:
-            y = y + self.residual.astype(jnp.float32)
-        return y.astype(out_dtype)
+        return finish(y, out_dtype, bias=self.bias, activation=self.activation, residual=self.residual)

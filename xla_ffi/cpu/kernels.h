@@ -1,0 +1,331 @@
+// The product for one instruction set, in terms of its vectors; included once for each, inside its namespace.
+//
+//     y[m, n] = sum_k x[m, k] * (code[n, k] - zero[n', k']) * scale[n', k']       n' = n / block_n, k' = k / group
+//
+// The order of k. Packed codes of a block of 128 are decoded where they lie: sixteen lanes i = 4c + j hold a word each of
+// the plane of 4 bits (a plane of 2 or 1 has its words repeated and shifted so that they lie alike), and step p = 4l + 2s
+// + h takes the p-th code of all lanes,  k = 32j + 16s + 8h + 2c + l.  x is brought into that order once a call, so that
+// decoding needs no shuffles. A group of 32 k is then a lane of every four, of 16 k one of (s, j). Codes of a byte keep
+// their order: step p is k = 16p + lane. Narrower vectors take the sixteen lanes in parts.
+//
+// Few rows of x: codes go from registers into the sums (`MultiplyRow`); a block's sum is scaled once where one scale or
+// four hold for it. Zero points cost a product over groups: - zero * scale * (sum of x over the group). More rows: a
+// panel of 16 rows of the weight by 512 k is dequantized into the cache and multiplied by all rows of x in tiles of
+// registers. Every element of y is one chain of additions whose order depends on K alone.
+
+constexpr int kFewRows = 2;
+constexpr int kTileM = 4;
+constexpr int kPanelRows = 16;
+constexpr int kPanelBlocks = 4;
+
+// ---- decoders: the value of 16 codes at a step, before zero point and scale ------------------------------------------
+
+// Integers of 2 to 6 bits less their middle. The plane with the highest bit is read as signed once that bit is flipped.
+template <int kBits>
+struct PackedInt {
+  static constexpr int kTop = kBits == 3 || kBits == 5 ? 1 : kBits == 6 ? 2 : kBits;
+  static constexpr int kLow = kBits - kTop;
+  static constexpr int kBytes = 16 * kBits;
+  static constexpr bool kPacked = true;
+  static constexpr float kFactor = 1;
+  struct Words {
+    I low, top;
+  };
+
+  explicit PackedInt(const Product&) {}
+
+  template <int kPlane> QJAX_INLINE I Plane(const uint32_t* words, int part) const {
+    if constexpr (kPlane == 4) return LoadWords(words + part * kLanes);
+    if constexpr (kPlane == 2) return LoadPairs(words + part * kLanes / 2);
+    if constexpr (kPlane == 1) return LoadQuads(words + part * kLanes / 4);
+  }
+  QJAX_INLINE Words Read(const uint8_t* block, int part) const {
+    const auto* words = reinterpret_cast<const uint32_t*>(block);
+    const I flip = SetAll(kTop == 4 ? 0x88888888u : kTop == 2 ? 0xaaaaaaaau : 0xffffffffu);
+    Words w{};
+    if constexpr (kLow > 0) w.low = Plane<kLow>(words, part);
+    w.top = Xor(Plane<kTop>(words + 4 * kLow, part), flip);
+    return w;
+  }
+  template <int kP> QJAX_INLINE F Value(const Words& w) const {
+    const I code = ShiftSigned<32 - kTop>(ShiftLeft<32 - kTop - 16 * (kP / 4) - kTop * (kP % 4)>(w.top));
+    if constexpr (kLow == 0) return ToFloat(code);
+    const I low = And(ShiftRight<16 * (kP / 4) + kLow * (kP % 4)>(w.low), SetAll((1u << kLow) - 1));
+    return ToFloat(Or(ShiftLeft<kLow>(code), low));
+  }
+};
+
+// Indices of 4 bits.
+struct PackedTable {
+  static constexpr int kBytes = 64;
+  static constexpr bool kPacked = true;
+  static constexpr float kFactor = 1;
+  using Words = I;
+  Table16 table;
+
+  explicit PackedTable(const Product& p) : table(MakeTable16(p.table)) {}
+
+  QJAX_INLINE Words Read(const uint8_t* block, int part) const {
+    return LoadWords(reinterpret_cast<const uint32_t*>(block) + part * kLanes);
+  }
+  template <int kP> QJAX_INLINE F Value(Words w) const { return Lookup16<kP>(table, w); }
+};
+
+struct Bytes {
+  static constexpr int kBytes = 128;
+  static constexpr bool kPacked = false;
+  static constexpr float kFactor = 1;
+  using Words = const uint8_t*;
+
+  explicit Bytes(const Product&) {}
+
+  QJAX_INLINE Words Read(const uint8_t* block, int part) const { return block + part * kLanes; }
+};
+
+struct Int8 : Bytes {
+  using Bytes::Bytes;
+  template <int kP> QJAX_INLINE F Value(Words w) const { return Int8ToFloat(w + 16 * kP); }
+};
+
+struct E5M2 : Bytes {
+  using Bytes::Bytes;
+  template <int kP> QJAX_INLINE F Value(Words w) const { return E5M2ToFloat(w + 16 * kP); }
+};
+
+struct E4M3 : Bytes {
+  using Bytes::Bytes;
+  static constexpr float kFactor = 256;  // scales are multiplied by it
+  template <int kP> QJAX_INLINE F Value(Words w) const { return E4M3ToFloatOver256(w + 16 * kP); }
+};
+
+struct ByteTable : Bytes {
+  const float* table;
+  explicit ByteTable(const Product& p) : Bytes(p), table(p.table) {}
+  template <int kP> QJAX_INLINE F Value(Words w) const { return Lookup256(table, w + 16 * kP); }
+};
+
+// Where in a block of x stands what meets code `i` of the kernels' order.
+static constexpr int PackedPosition(int i) {
+  const int p = i / 16, c = i % 16 / 4, j = i % 4;
+  return 32 * j + 16 * (p >> 1 & 1) + 8 * (p & 1) + 2 * c + (p >> 2);
+}
+
+// Row m0 + i of x in float32 and in the kernels' order, and its sums over groups.
+static void Prepare(const Product& p, int64_t m0, Rows& rows, int64_t i) {
+  float* out = rows.values.get() + i * rows.stride;
+  const bool packed = IsPacked(p.codes_type);
+  Buffer<float> straight = packed ? New<float>(rows.stride) : nullptr;
+  float* row = packed ? straight.get() : out;
+  ToFloats(p.x, (m0 + i) * p.k, p.k, row);
+  std::memset(row + p.k, 0, (rows.stride - p.k) * sizeof(float));
+  if (p.zero.data != nullptr) {
+    float* sums = rows.sums.get() + i * p.groups;
+    for (int64_t g = 0; g < p.groups; ++g) {
+      float sum = 0;
+      for (int64_t k = g * p.group; k < std::min(p.k, (g + 1) * p.group); ++k) sum += row[k];
+      sums[g] = sum;
+    }
+  }
+  if (!packed) return;
+  for (int64_t b = 0; b < p.blocks * kBlock; b += kBlock)
+    for (int q = 0; q < kBlock; ++q) out[b + q] = row[b + PackedPosition(q)];
+}
+
+// ---- scales of a block -----------------------------------------------------------------------------------------------
+
+template <class D, Scales kScales, int kP> QJAX_INLINE F ScaleAt(const float* block) {
+  if constexpr (kScales == Scales::kOne) return Set1(block[0]);
+  if constexpr (kScales == Scales::kLanes) return Repeat4(block);
+  if constexpr (D::kPacked) return RepeatEveryOther4<kP / 2 % 2>(block);
+  return Set1(block[kP]);
+}
+
+// ---- few rows of x ---------------------------------------------------------------------------------------------------
+
+template <class D, Scales kScales, int kRows, int kP>
+QJAX_INLINE void MultiplyStep(const D& d, const typename D::Words& words, const float* x, int64_t stride,
+                              const float* scale, F (&sum)[kRows][2]) {
+  F value = d.template Value<kP>(words);
+  if constexpr (kScales == Scales::kSixteens) value = Mul(value, ScaleAt<D, kScales, kP>(scale));
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) sum[m][kP % 2] = Fma(value, Load(x + m * stride + 16 * kP), sum[m][kP % 2]);
+}
+
+// y[m0 : m0 + kRows, n], without what zero points add.
+template <class D, Scales kScales, int kRows>
+static void MultiplyRow(const Product& p, const D& d, const float* x, int64_t stride, int64_t n, const float* scale,
+                        float* y) {
+  uint8_t copy[D::kBytes];
+  F total[kRows][2];
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) total[m][0] = total[m][1] = Zero();
+  for (int64_t b = 0; b < p.blocks; ++b, x += kBlock, scale += p.slots) {
+    const uint8_t* block = BlockOf<D>(p, n, b, copy);
+    F own[kRows][2];
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) own[m][0] = own[m][1] = Zero();
+    auto& sum = kScales == Scales::kSixteens ? total : own;
+    for (int part = 0; part < kParts; ++part) {
+      const auto words = d.Read(block, part);
+      const float* at = x + part * kLanes;
+      MultiplyStep<D, kScales, kRows, 0>(d, words, at, stride, scale, sum);
+      MultiplyStep<D, kScales, kRows, 1>(d, words, at, stride, scale, sum);
+      MultiplyStep<D, kScales, kRows, 2>(d, words, at, stride, scale, sum);
+      MultiplyStep<D, kScales, kRows, 3>(d, words, at, stride, scale, sum);
+      MultiplyStep<D, kScales, kRows, 4>(d, words, at, stride, scale, sum);
+      MultiplyStep<D, kScales, kRows, 5>(d, words, at, stride, scale, sum);
+      MultiplyStep<D, kScales, kRows, 6>(d, words, at, stride, scale, sum);
+      MultiplyStep<D, kScales, kRows, 7>(d, words, at, stride, scale, sum);
+    }
+    if constexpr (kScales != Scales::kSixteens)
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m)
+        total[m][0] = Fma(Add(own[m][0], own[m][1]), ScaleAt<D, kScales, 0>(scale), total[m][0]);
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) y[m * p.n + n] = Sum(Add(total[m][0], total[m][1]));
+}
+
+template <class D, Scales kScales>
+static void MultiplyFew(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
+  const D d(p);
+  RowScales scales(p);
+  const float* x = rows.values.get();
+  for (int64_t n = n0; n < n1; ++n) {
+    scales.Read(p, n, D::kFactor);
+    const float* scale = scales.scale(p);
+    float* y = p.y + m0 * p.n;
+    (rows.m == 1 ? MultiplyRow<D, kScales, 1> : MultiplyRow<D, kScales, kFewRows>)(p, d, x, rows.stride, n, scale, y);
+    if (p.zero.data == nullptr) continue;
+    for (int64_t m = 0; m < rows.m; ++m) y[m * p.n + n] += scales.DotOffsets(p, rows.sums.get() + m * p.groups);
+  }
+}
+
+// ---- more rows of x --------------------------------------------------------------------------------------------------
+
+template <class D, Scales kScales, int kP>
+QJAX_INLINE void DecodeStep(const D& d, const typename D::Words& words, const float* scale, const float* offset,
+                            float* out) {
+  const F value = d.template Value<kP>(words);
+  Store(out + 16 * kP, Fma(value, ScaleAt<D, kScales, kP>(scale), ScaleAt<D, kScales, kP>(offset)));
+}
+
+// 128 weights in float32.
+template <class D, Scales kScales>
+static void DecodeBlock(const D& d, const uint8_t* block, const float* scale, const float* offset, float* out) {
+  for (int part = 0; part < kParts; ++part) {
+    const auto words = d.Read(block, part);
+    float* at = out + part * kLanes;
+    DecodeStep<D, kScales, 0>(d, words, scale, offset, at);
+    DecodeStep<D, kScales, 1>(d, words, scale, offset, at);
+    DecodeStep<D, kScales, 2>(d, words, scale, offset, at);
+    DecodeStep<D, kScales, 3>(d, words, scale, offset, at);
+    DecodeStep<D, kScales, 4>(d, words, scale, offset, at);
+    DecodeStep<D, kScales, 5>(d, words, scale, offset, at);
+    DecodeStep<D, kScales, 6>(d, words, scale, offset, at);
+    DecodeStep<D, kScales, 7>(d, words, scale, offset, at);
+  }
+}
+
+// sums[m][n] += x[m] . w[n] over `length` of k, each sum a vector of lanes.
+template <int kM>
+static void MultiplyTile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t length,
+                         float* sums, int64_t sums_stride) {
+  F sum[kM][kTileN];
+#pragma GCC unroll 4
+  for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileN; ++n) sum[m][n] = Load(sums + m * sums_stride + n * kLanes);
+  for (int64_t k = 0; k < length; k += kLanes) {
+    F row[kM];
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) row[m] = Load(x + m * x_stride + k);
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileN; ++n) {
+      const F weight = Load(w + n * w_stride + k);
+#pragma GCC unroll 4
+      for (int m = 0; m < kM; ++m) sum[m][n] = Fma(row[m], weight, sum[m][n]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileN; ++n) Store(sums + m * sums_stride + n * kLanes, sum[m][n]);
+}
+
+template <class D, Scales kScales>
+static void MultiplyMany(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
+  const D d(p);
+  constexpr int64_t kStride = kPanelBlocks * kBlock + kPadding, kSums = kPanelRows * kLanes;
+  const Buffer<float> panel = New<float>(kPanelRows * kStride), sums = New<float>(rows.m * kSums);
+  std::vector<RowScales> scales;
+  for (int i = 0; i < kPanelRows; ++i) scales.emplace_back(p);
+  uint8_t copy[D::kBytes];
+  for (int64_t first = n0; first < n1; first += kPanelRows) {
+    const int64_t count = std::min<int64_t>(kPanelRows, n1 - first);
+    const int64_t tiled = (count + kTileN - 1) / kTileN * kTileN;
+    for (int64_t r = 0; r < count; ++r) {
+      scales[r].Read(p, first + r, D::kFactor);
+      scales[r].SpreadOffsets(p);
+    }
+    std::memset(panel.get() + count * kStride, 0, (tiled - count) * kStride * sizeof(float));
+    std::memset(sums.get(), 0, rows.m * kSums * sizeof(float));
+    for (int64_t b0 = 0; b0 < p.blocks; b0 += kPanelBlocks) {
+      const int64_t blocks = std::min<int64_t>(kPanelBlocks, p.blocks - b0);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t b = 0; b < blocks; ++b)
+          DecodeBlock<D, kScales>(d, BlockOf<D>(p, first + r, b0 + b, copy), scales[r].scale(p) + (b0 + b) * p.slots,
+                                  scales[r].offset() + (b0 + b) * p.slots, panel.get() + r * kStride + b * kBlock);
+      for (int64_t m = 0; m < rows.m; m += kTileM) {
+        const float* x = rows.values.get() + m * rows.stride + b0 * kBlock;
+        for (int64_t n = 0; n < tiled; n += kTileN) {
+          const float* w = panel.get() + n * kStride;
+          float* to = sums.get() + m * kSums + n * kLanes;
+          switch (rows.m - m) {
+            case 1: MultiplyTile<1>(x, rows.stride, w, kStride, blocks * kBlock, to, kSums); break;
+            case 2: MultiplyTile<2>(x, rows.stride, w, kStride, blocks * kBlock, to, kSums); break;
+            case 3: MultiplyTile<3>(x, rows.stride, w, kStride, blocks * kBlock, to, kSums); break;
+            default: MultiplyTile<kTileM>(x, rows.stride, w, kStride, blocks * kBlock, to, kSums);
+          }
+        }
+      }
+    }
+    for (int64_t m = 0; m < rows.m; ++m)
+      for (int64_t r = 0; r < count; ++r)
+        p.y[(m0 + m) * p.n + first + r] = Sum(Load(sums.get() + m * kSums + r * kLanes));
+  }
+}
+
+// ---- which of them ---------------------------------------------------------------------------------------------------
+
+template <class D, Scales kScales>
+static void MultiplyScaled(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
+  (rows.m <= kFewRows ? MultiplyFew<D, kScales> : MultiplyMany<D, kScales>)(p, m0, rows, n0, n1);
+}
+
+template <class D>
+static void MultiplyCodes(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
+  switch (p.scales) {
+    case Scales::kOne: return MultiplyScaled<D, Scales::kOne>(p, m0, rows, n0, n1);
+    case Scales::kSixteens: return MultiplyScaled<D, Scales::kSixteens>(p, m0, rows, n0, n1);
+    case Scales::kLanes:
+      if constexpr (D::kPacked) return MultiplyScaled<D, Scales::kLanes>(p, m0, rows, n0, n1);
+  }
+}
+
+static void Multiply(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
+  switch (p.codes_type) {
+    case Codes::kInt2: return MultiplyCodes<PackedInt<2>>(p, m0, rows, n0, n1);
+    case Codes::kInt3: return MultiplyCodes<PackedInt<3>>(p, m0, rows, n0, n1);
+    case Codes::kInt4:
+      if constexpr (kTableIsFastest) return MultiplyCodes<PackedTable>(p, m0, rows, n0, n1);
+      return MultiplyCodes<PackedInt<4>>(p, m0, rows, n0, n1);
+    case Codes::kInt5: return MultiplyCodes<PackedInt<5>>(p, m0, rows, n0, n1);
+    case Codes::kInt6: return MultiplyCodes<PackedInt<6>>(p, m0, rows, n0, n1);
+    case Codes::kTable16: return MultiplyCodes<PackedTable>(p, m0, rows, n0, n1);
+    case Codes::kInt8: return MultiplyCodes<Int8>(p, m0, rows, n0, n1);
+    case Codes::kE4M3: return MultiplyCodes<E4M3>(p, m0, rows, n0, n1);
+    case Codes::kE5M2: return MultiplyCodes<E5M2>(p, m0, rows, n0, n1);
+    case Codes::kTable256: return MultiplyCodes<ByteTable>(p, m0, rows, n0, n1);
+  }
+}

@@ -1,0 +1,65 @@
+"""The shared library of handlers: found and registered with XLA at first use, or the reason why it is not there.
+
+`scripts/build-ffi` makes it from `handlers.cc`. It links nothing but the C++ runtime, and holds the kernels for every
+instruction set of its architecture; `instructions` says which of them this machine has.
+"""
+
+import ctypes
+import functools
+import pathlib
+import threading
+
+import jax
+
+LIBRARY = pathlib.Path(__file__).with_name("libqjax_cpu.so")
+TARGET = "qjax_cpu_matmul"
+_lock = threading.Lock()
+
+
+@functools.cache
+def _open() -> ctypes.CDLL | str:
+    """The library, or why it does not load."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not built: `make setup` in a clone builds it, with g++"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} does not load here: {error}"
+    library.QjaxCpuInstructions.restype = library.QjaxCpuInt8Instructions.restype = ctypes.c_char_p
+    return library
+
+
+def missing() -> str | None:
+    """Why no product can run here, in words for a user; None if one can."""
+    library = _open()
+    return library if isinstance(library, str) else None
+
+
+def instructions() -> tuple[str, ...]:
+    """The instruction sets of this machine that there are kernels for, the best first; none where the library is not."""
+    library = _open()
+    return () if isinstance(library, str) else tuple(library.QjaxCpuInstructions().decode().split())
+
+
+def int8_instructions() -> tuple[str, ...]:
+    """The same for x as int8."""
+    library = _open()
+    return () if isinstance(library, str) else tuple(library.QjaxCpuInt8Instructions().decode().split())
+
+
+@functools.cache
+def _register_once() -> None:
+    library = _open()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.QjaxCpuMatmul), platform="cpu")
+
+
+def register() -> None:
+    """Makes the custom call known to XLA, once.
+
+    Raises:
+      RuntimeError: the library is not built, or does not load.
+    """
+    with _lock:
+        _register_once()

@@ -1,0 +1,81 @@
+// One product as the kernels see it, and the table of instruction sets, each of which has the same two functions.
+#ifndef QJAX_XLA_FFI_CPU_PRODUCT_H_
+#define QJAX_XLA_FFI_CPU_PRODUCT_H_
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+namespace qjax::cpu {
+
+constexpr int64_t kBlock = 128;  // codes along K that are packed together; x is padded to it
+
+constexpr int64_t kPadding = 64;  // elements between rows in the cache: at powers of two they would push each other out
+
+// The codes' encoding: packed integers of 2 to 6 bits, packed indices of a table, and what has a byte each.
+enum class Codes { kInt2, kInt3, kInt4, kInt5, kInt6, kTable16, kInt8, kE4M3, kE5M2, kTable256 };
+
+enum class Number { kF32, kBF16, kF16, kE8M0, kE4M3, kInt8 };
+
+// How scales lie within a block of 128 codes in the kernels' order (see kernels.h): one for all, or for each 32 or 16
+// consecutive k. Bytes have no form for 32.
+enum class Scales { kOne, kLanes, kSixteens };
+
+struct Array {
+  const void* data = nullptr;
+  Number type = Number::kF32;
+};
+
+struct Product {
+  int64_t m, k, n;
+  int64_t blocks;      // of 128 along k
+  int64_t row_bytes;   // of codes
+  Codes codes_type;
+  Array x;             // [m, k]
+  const uint8_t* codes;
+  const float* table;  // 16 or 256 values; null for integers and FP8
+  Array scale, zero;   // [ceil(n / block_n), groups]; zero.data may be null
+  int64_t groups, group, block_n;
+  float middle;        // the zero point of codes as the kernels decode them
+  Scales scales;
+  int64_t slots;       // scales of a block in the kernels' order
+  std::vector<int32_t> slot_group;  // [blocks, slots], padded to 16: the group whose scale is there
+  bool slots_are_groups;            // slot_group[i] is i
+  float* y;            // [m, n]
+};
+
+inline bool IsPacked(Codes type) { return type <= Codes::kTable16; }
+
+// Memory that starts at a cache line and ends with one.
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T, Free>;
+template <class T>
+static Buffer<T> New(int64_t count) {
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64)));
+}
+
+// Rows of x, padded with zeros to whole blocks, in the order in which codes are decoded.
+struct Rows {
+  int64_t m, stride;
+  Buffer<float> values;         // [m, stride]: x as floats
+  Buffer<int8_t> codes;         // [m, stride]: x as int8
+  Buffer<int32_t> corrections;  // [m, blocks, 16]: with codes, see kernels_int8.h
+  Buffer<float> sums;           // [m, groups]: of x over each group; where there are zero points
+};
+
+struct Instructions {
+  const char* name;
+  bool (*available)();
+  // Rows [m0, m0 + rows.m) of x; row `i` of them.
+  void (*prepare)(const Product& p, int64_t m0, Rows& rows, int64_t i);
+  // y[m0 : m0 + rows.m, n0 : n1].
+  void (*multiply)(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1);
+};
+
+}  // namespace qjax::cpu
+
+#endif  // QJAX_XLA_FFI_CPU_PRODUCT_H_
