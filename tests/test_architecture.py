@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "qjax.schemes": Row("qjax.formats"),
     "qjax.scheme_json": Row("qjax.formats qjax.schemes"),
     "qjax.layouts": Row("qjax.formats"),
+    "qjax.host_layouts": Row("qjax.layouts"),
     "qjax.qtensor": Row(f"{TENSOR} qjax.dequantize qjax.display"),
     "qjax.dequantize": Row(TENSOR),
     "qjax.quotient": Row(),
@@ -93,7 +94,9 @@ MAY_IMPORT = {
     "qjax.checkpoints.save": Row(f"{TENSOR} qjax.checkpoints qjax.models", "flax"),
     "qjax.linen.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup", "flax"),
     "qjax.nnx.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress", "flax"),
-    "qjax.checkpoints.*": Row(f"{TENSOR} qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"),
+    "qjax.checkpoints.*": Row(
+        f"{TENSOR} qjax.host_layouts qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"
+    ),
     "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress", "flax tokenizers"),
     "qjax.bench.*": Row(
         f"qjax {PRODUCT} qjax.dispatch qjax.activations qjax.kernel_call qjax.lookup qjax.devices qjax.progress",

@@ -12,12 +12,12 @@ AWQ folds factors into norms and other Linears, so that every tensor is the file
 Sources: casper-hansen/AutoAWQ `awq/modules/linear/{gemm,gemv}.py`, `awq/utils/packing_utils.py`.
 """
 
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.checkpoints.codes import repack_rows, repack_stream, to_zero_point, transposed, unpack_rows, unpack_stream
+from qjax.checkpoints.codes import NibblesAcross, Stream, every
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.checkpoints.grouped import Groups, group_count, int_weight
+from qjax.checkpoints.packed import to_zero_point
 from qjax.checkpoints.source import SCALES, ModuleTensors, Settings, Source
 from qjax.errors import CheckpointError
 from qjax.qtensor import QTensor
@@ -65,11 +65,10 @@ def _gemm(tensors: ModuleTensors, size: int | None) -> QTensor:
     zeros = tensors.take("qzeros", INTEGERS, (count, n // PER_WORD), note=note)
     scales = tensors.take("scales", SCALES, (count, n), note=note)
     return int_weight(
-        repack_rows(transposed(qweight), NIBBLES, BITS),
-        jnp.array(scales.T),
-        to_zero_point(unpack_rows(transposed(zeros), NIBBLES), BITS),
+        NibblesAcross(qweight.view(np.uint32), NIBBLES),
+        scales.T,
+        to_zero_point(every(NibblesAcross(zeros.view(np.uint32), NIBBLES)).T, BITS),
         bits=BITS,
-        k=k,
         groups=Groups(size),
     )
 
@@ -84,10 +83,9 @@ def _gemv(tensors: ModuleTensors, size: int | None) -> QTensor:
     zeros = tensors.take("qzeros", INTEGERS, (n, None), note=note)
     scales = tensors.take("scales", SCALES, (n, zeros.shape[1] * PER_WORD), note=note)
     return int_weight(
-        repack_stream(jnp.asarray(qweight.view(np.uint32)), BITS, k),
-        jnp.array(scales[:, :count]),
-        to_zero_point(unpack_stream(jnp.asarray(zeros.view(np.uint32)), BITS, count), BITS),
+        Stream(qweight.view(np.uint32), BITS, k),
+        scales[:, :count],
+        to_zero_point(every(Stream(zeros.view(np.uint32), BITS, count)).T, BITS),
         bits=BITS,
-        k=k,
         groups=Groups(size),
     )

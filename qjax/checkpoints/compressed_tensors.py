@@ -7,7 +7,7 @@ Source: vllm-project/compressed-tensors `quantization/{quant_args,quant_config}.
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
+import numpy as np
 
 from qjax.checkpoints.activations import as_stored
 from qjax.checkpoints.compressed_tensors_weights import CODE_TENSORS, FORMATS_OF_TYPE, WEIGHTS, Arguments
@@ -190,7 +190,7 @@ def _weight(tensors: ModuleTensors, group: Group, form: str, settings: Settings)
     return w if found is None else found
 
 
-def _input_scale(tensors: ModuleTensors) -> jnp.ndarray | None:
+def _input_scale(tensors: ModuleTensors) -> np.ndarray | None:
     if "input_scale" not in tensors:
         return None
-    return jnp.array(tensors.take_one("input_scale", SCALES).reshape(()), jnp.float32)
+    return tensors.take_one("input_scale", SCALES).reshape(()).astype(np.float32)

@@ -10,13 +10,14 @@ Source: huggingface/transformers `integrations/finegrained_fp8.py`, `utils/quant
 
 import dataclasses
 
-import jax.numpy as jnp
+import numpy as np
 
 from qjax.checkpoints.activations import as_stored
 from qjax.checkpoints.files import CheckpointFiles
+from qjax.checkpoints.packed import host_tensor
 from qjax.checkpoints.source import SCALES, ModuleTensors, Settings, Source
 from qjax.errors import CheckpointError
-from qjax.qtensor import QTensor, k_pieces
+from qjax.qtensor import QTensor
 from qjax.schemes import FP8, Activation
 
 SCALE = "weight_scale_inv"
@@ -36,7 +37,7 @@ def reader(files: CheckpointFiles, settings: Settings) -> Source:
     def read(prefix: str) -> tuple[QTensor, tuple[str, ...]] | None:
         tensors = ModuleTensors(files, prefix)
         if SCALE not in tensors:
-            if "weight" in tensors and files.dtype(f"{prefix}.weight") == jnp.float8_e4m3fn:
+            if "weight" in tensors and files.dtype(f"{prefix}.weight").name == "float8_e4m3fn":
                 raise CheckpointError(f"{tensors.where(SCALE)}: missing; {prefix}.weight is float8_e4m3fn")
             return None
         return _with_activations(_weight(tensors, block), tensors, block, mode), tuple(tensors.names)
@@ -64,7 +65,7 @@ def _weight(tensors: ModuleTensors, block: tuple[int, int] | None) -> QTensor:
         scale = tensors.take(SCALE, dtypes, (-(-n // block[0]), -(-k // block[1])), note=note)
         scheme = dataclasses.replace(FP8(granularity="block"), block=block)
     scheme = dataclasses.replace(scheme, scale_dtype=scale.dtype.name)
-    return QTensor(jnp.array(codes), jnp.array(scale), scheme=scheme, k_piece=k_pieces(k, 8, 1))
+    return host_tensor(codes, scale, scheme=scheme, k=k)
 
 
 def _with_activations(w: QTensor, tensors: ModuleTensors, block: tuple[int, int] | None, mode: str) -> QTensor:
@@ -73,6 +74,6 @@ def _with_activations(w: QTensor, tensors: ModuleTensors, block: tuple[int, int]
     else:
         name = next((name for name in STATIC_SCALES if name in tensors), STATIC_SCALES[0])
         static = tensors.take_one(name, SCALES).reshape(())
-        found = as_stored(w, Activation("e4m3", "tensor", "static"), jnp.array(static, jnp.float32))
+        found = as_stored(w, Activation("e4m3", "tensor", "static"), static.astype(np.float32))
     assert found is not None, "FP8 weights have a scheme for each"
     return found

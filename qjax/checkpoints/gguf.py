@@ -16,11 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from qjax.checkpoints.codes import to_storage
+from qjax.checkpoints.codes import Bytes
 from qjax.checkpoints.files import CheckpointFiles, Entry, file_size
 from qjax.checkpoints.grouped import Groups, int_weight
 from qjax.checkpoints.source import ModuleTensors, Source
@@ -165,11 +164,10 @@ def _read(files: GgufFiles, prefix: str) -> tuple[QTensor, tuple[str, ...]] | No
     tensors.finite("weight", scale)
     bits = 8 if kind == "Q8_0" else 4
     w = int_weight(
-        to_storage(jnp.asarray(codes), bits),
-        jnp.array(scale),
-        None if zero is None else jnp.array(zero),
+        Bytes(codes),
+        scale,
+        zero,
         bits=bits,
-        k=codes.shape[1],
         groups=Groups(GROUP),
     )
     return w, tuple(tensors.names)

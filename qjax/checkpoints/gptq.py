@@ -10,13 +10,12 @@
 Sources: ModelCloud/GPTQModel `nn_modules/qlinear/__init__.py`, `utils/model.py`, `quantization/config.py`.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.checkpoints.codes import WORD, repack_stream, to_zero_point, transposed, unpack_stream
+from qjax.checkpoints.codes import WORD, Stream, every
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.checkpoints.grouped import group_count, groups_of, int_weight, without_middle
+from qjax.checkpoints.packed import to_zero_point
 from qjax.checkpoints.source import SCALES, ModuleTensors, Settings, Source, matches
 from qjax.errors import CheckpointError
 from qjax.qtensor import QTensor
@@ -108,11 +107,11 @@ def _weight(tensors: ModuleTensors, settings: Settings) -> QTensor:
     note = f"for K={k} in groups of {size or k}"
     scales = tensors.take("scales", SCALES, (count, n), note=_group_note(tensors, k, note))
     zeros = tensors.take("qzeros", INTEGERS, (count, n * bits // WORD), note=note)
-    zero_point = _zero_points(zeros.view(np.uint32), n, settings)
+    zero_point: np.ndarray | None = _zero_points(zeros.view(np.uint32), n, settings)
     if settings.flag("sym", True):
         zero_point = without_middle(zero_point, bits)
-    packed = repack_stream(transposed(qweight), bits, k, order=groups.order)
-    return int_weight(packed, jnp.array(scales.T), zero_point, bits=bits, k=k, groups=groups)
+    codes = Stream(qweight.view(np.uint32).T, bits, k)
+    return int_weight(codes, scales.T, zero_point, bits=bits, groups=groups)
 
 
 def _rows_and_columns(tensors: ModuleTensors, bits: int) -> tuple[int, int]:
@@ -141,7 +140,7 @@ def _group_note(tensors: ModuleTensors, k: int, note: str) -> str:
     return note
 
 
-def _zero_points(words: np.ndarray, n: int, settings: Settings) -> jax.Array | None:
+def _zero_points(words: np.ndarray, n: int, settings: Settings) -> np.ndarray:
     """uint32 `[G, N*b/32]` -> int8 `[N, G]`.
 
     Version 1 took one from whole words, so that a field borrowed from the next; adding one to whole words gives it
@@ -151,7 +150,7 @@ def _zero_points(words: np.ndarray, n: int, settings: Settings) -> jax.Array | N
     first = settings.get("checkpoint_format", "gptq") == "gptq"
     if first and WORD % bits == 0:
         words = words + np.uint32((2**WORD - 1) // (2**bits - 1))
-    fields = unpack_stream(jnp.asarray(words), bits, n)
+    fields = every(Stream(words, bits, n))
     if first and WORD % bits:
-        fields = (fields + 1) & (2**bits - 1)
-    return to_zero_point(fields.T, bits)
+        fields = (fields + np.uint8(1)) & np.uint8(2**bits - 1)
+    return to_zero_point(fields, bits)

@@ -8,7 +8,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, PartitionSpec
@@ -17,7 +16,9 @@ from jax.typing import DTypeLike
 from qjax import devices, sharding
 from qjax.checkpoints import detect, native
 from qjax.checkpoints.activations import CHOICES, with_activations
+from qjax.checkpoints.buffers import placed
 from qjax.checkpoints.files import CheckpointFiles
+from qjax.checkpoints.finite import count_bad
 from qjax.checkpoints.fit import fitted
 from qjax.checkpoints.hub import local_folder
 from qjax.checkpoints.source import Source
@@ -101,15 +102,14 @@ def _layer_reader(files: CheckpointFiles, opened: Source, activations: str, mesh
             raise CheckpointError(f"{files.path}: unexpected {', '.join(unknown)}; {prefix} is {', '.join(names)}")
         where = f"{files.path}: {prefix}.weight"
         kernel = checked(with_activations(kernel, activations, where), where)
-        if mesh is not None:
-            kernel = _placed(kernel, prefix, mesh, where, opened)
+        kernel = on_device(kernel) if mesh is None else _on_mesh(kernel, prefix, mesh, where, opened)
         return LayerWeights(kernel, files[bias] if bias in files else None)
 
     return read
 
 
 def checked(w: QTensor, where: str) -> QTensor:
-    """A QTensor as a file has it, on the device, if it is a right one.
+    """A QTensor as a reader gives it, if it is a right one: arrays of the host, or those that are still to be made.
 
     Raises:
       CheckpointError: arrays that disagree in shape or dtype; NaN or infinity in one; a static scale of x that is
@@ -125,20 +125,19 @@ def checked(w: QTensor, where: str) -> QTensor:
         order = np.sort(np.asarray(w.input_perm), axis=-1)
         if not np.array_equal(order, np.broadcast_to(np.arange(w.in_features), order.shape)):
             raise CheckpointError(f"{where}.input_perm is no permutation of 0 to {w.in_features - 1}")
-    # Copied: a CPU would go on using the mapped file, and whatever becomes of it.
-    w = jax.tree.map(lambda array: jnp.array(array) if isinstance(array, np.ndarray) else array, w)
     for field, array in native.to_arrays(w, where).items():
-        if jnp.issubdtype(array.dtype, jnp.floating) and (bad := int(_count_bad(array))):
+        if isinstance(array, np.ndarray) and (bad := count_bad(array)):
             raise CheckpointError(f"{field}: {bad} of {array.size} values are NaN or infinite")
     return w
 
 
-@jax.jit
-def _count_bad(array: jax.Array) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(array.astype(jnp.float32)))
+def on_device(w: QTensor) -> QTensor:
+    """A checked QTensor on the default device."""
+    made: QTensor = jax.tree.map(placed, w)
+    return made
 
 
-def _placed(w: QTensor, prefix: str, mesh: Mesh, where: str, opened: Source) -> QTensor:
+def _on_mesh(w: QTensor, prefix: str, mesh: Mesh, where: str, opened: Source) -> QTensor:
     from qjax.models.llama_weights import partition_spec
 
     path = prefix.removeprefix("model.")
@@ -148,4 +147,5 @@ def _placed(w: QTensor, prefix: str, mesh: Mesh, where: str, opened: Source) -> 
     if not opened.ours:
         k, n = (1 if axis is None else mesh.shape[axis] for axis in spec)
         w = fitted(w, {"n": n, "k": k})
-    return sharding.shard(w, mesh, spec, where=where)
+    made: QTensor = jax.tree.map(placed, w, sharding.shardings(w, mesh, spec, where=where))
+    return made

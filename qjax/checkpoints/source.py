@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from qjax.checkpoints.files import CheckpointFiles
+from qjax.checkpoints.finite import count_bad
 from qjax.errors import CheckpointError
 from qjax.qtensor import QTensor
 
@@ -194,5 +195,5 @@ class ModuleTensors:
 
     def finite(self, suffix: str, array: np.ndarray) -> None:
         """Refuses NaN and infinity."""
-        if bad := int(array.size - np.count_nonzero(np.isfinite(array.astype(np.float32)))):
+        if bad := count_bad(array):
             raise CheckpointError(f"{self.where(suffix)}: {bad} of {array.size} values are NaN or infinite")

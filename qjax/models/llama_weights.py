@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from qjax.checkpoints.buffers import placed
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.errors import CheckpointError, ShardingError
 from qjax.models.llama import Llama, RMSNorm
@@ -235,11 +236,11 @@ def _quantized_module(module: nnx.Linear | nnx.Embed, kernel: QTensor, bias: jax
 
 def _place(array: np.ndarray, mesh: Mesh | None, spec: PartitionSpec, where: str) -> jax.Array:
     if mesh is None:
-        return jnp.array(array)
+        return placed(array)
     for size, axis in zip(array.shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ShardingError(
                 f"{where}: shape {list(array.shape)}: {size} cannot be cut into "
                 f"{mesh.shape[axis]} equal parts over mesh axis {axis!r}"
             )
-    return jax.device_put(np.ascontiguousarray(array), NamedSharding(mesh, spec))
+    return placed(array, NamedSharding(mesh, spec))
