@@ -36,15 +36,23 @@ def pack_codes(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
     for width in PLANES[bits]:
         each = 8 // width  # codes of a byte
         digits = codes.reshape(-1, width, 2, each, 4, 2, rows)  # t_high, half of a word's half, t_low, c, l
-        ordered = np.ascontiguousarray(digits.transpose(3, 0, 4, 1, 5, 2, 6))
-        if width < bits:
-            np.bitwise_and(ordered >> np.uint8(low), np.uint8(2**width - 1), out=ordered)
-        for place in range(1, each):
-            ordered[0] |= ordered[place] << np.uint8(place * width)
-        packed[:, word : word + 4 * width, :, :rows] = ordered[0].reshape(-1, 4 * width, 4, rows)
+        ordered = np.ascontiguousarray(digits.transpose(3, 0, 4, 1, 5, 2, 6)).reshape(each, -1)
+        merged = _merged(ordered.view(np.uint64), low, width, bits).view(np.uint8)
+        packed[:, word : word + 4 * width, :, :rows] = merged.reshape(-1, 4 * width, 4, rows)
         word, low = word + 4 * width, low + width
     bytes_out = out.view(np.uint8)
     bytes_out[...] = packed.reshape(-1, 16 * bits, rows + _LINE)[:, :, :rows].transpose(2, 0, 1)
+
+
+def _merged(codes: np.ndarray, low: int, width: int, bits: int) -> np.ndarray:
+    """Bits from `low` of codes a byte, `[8 / width, ...]`, eight of them at once -> bytes of so many codes."""
+    if width < bits:
+        np.right_shift(codes, np.uint64(low), out=codes)
+        np.bitwise_and(codes, np.uint64((2**width - 1) * 0x0101010101010101), out=codes)
+    for place, more in enumerate(codes[1:], 1):
+        np.left_shift(more, np.uint64(place * width), out=more)
+        np.bitwise_or(codes[0], more, out=codes[0])
+    return np.asarray(codes[0])
 
 
 def pack_nibble_columns(words: np.ndarray, out: np.ndarray) -> None:

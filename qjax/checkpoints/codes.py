@@ -22,6 +22,7 @@ type Packing = Literal["dense", "padded"]
 PACKINGS: tuple[Packing, ...] = ("dense", "padded")
 WORD = 32
 _ROWS = 64  # rows that are packed into a stream at a time
+_LINE = 64  # bytes of a line of the cache
 
 
 class Codes(Protocol):
@@ -69,24 +70,28 @@ class Stream:
         """Codes of some rows, uint8 `[K', N']`."""
         # Eight codes of a dense stream take `bits` bytes, and each lies in two neighbouring ones.
         count, size = (8, self.bits) if self.packing == "dense" else (WORD // self.bits, 4)
-        runs = slice(ks.start // count, -(-ks.stop // count))
-        stored = self._bytes(rows, runs.start * size, runs.stop * size).reshape(runs.stop - runs.start, size, -1)
-        codes = np.empty((len(stored), count, stored.shape[-1]), np.uint8)
+        first, last = ks.start // count, -(-ks.stop // count)
+        stored = self._bytes(rows, first * size, last * size).reshape(last - first, size, -1)
+        stored = np.ascontiguousarray(stored.swapaxes(0, 1))
+        codes = np.empty((last - first, count, stored.shape[-1]), np.uint8)
         for place in range(count):
             byte, bit = divmod(place * self.bits, 8)
-            code = stored[:, byte] >> np.uint8(bit)
+            code = stored[byte] >> np.uint8(bit)
             if bit + self.bits > 8:
-                code |= stored[:, byte + 1] << np.uint8(8 - bit)
-            np.bitwise_and(code, np.uint8(2**self.bits - 1), out=codes[:, place])
-        flat = codes.reshape(-1, codes.shape[-1])
-        return flat[ks.start - runs.start * count : ks.stop - runs.start * count]
+                code |= stored[byte + 1] << np.uint8(8 - bit)
+            code &= np.uint8(2**self.bits - 1)
+            codes[:, place] = code
+        return codes.reshape(-1, codes.shape[-1])[ks.start - first * count : ks.stop - first * count]
 
     def _bytes(self, rows: slice, start: int, stop: int) -> np.ndarray:
         """Bytes of the streams, `[stop - start, N']`; zeros after their end."""
-        words = self._ordered(self.words[rows, start // 4 : -(-stop // 4)])
-        turned = np.ascontiguousarray(words.T).view(np.uint8).reshape(*words.T.shape, 4)
-        found = turned.transpose(0, 2, 1).reshape(-1, len(words))[start % 4 :][: stop - start]
-        return np.pad(found, [(0, stop - start - len(found)), (0, 0)]) if len(found) < stop - start else found
+        words = turned(self._ordered(self.words[rows, start // 4 : -(-stop // 4)]))
+        found = np.empty((len(words), 4, words.shape[1]), np.uint8)
+        for byte in range(4):
+            found[:, byte] = (words >> np.uint32(8 * byte)).astype(np.uint8)
+        flat = found.reshape(-1, words.shape[1])[start % 4 :][: stop - start]
+        short = stop - start - len(flat)
+        return np.pad(flat, [(0, short), (0, 0)]) if short else flat
 
     def _ordered(self, words: np.ndarray) -> np.ndarray:
         if self.first == "low":
@@ -167,7 +172,7 @@ class Bytes:
 
     def columns(self, rows: slice, ks: slice) -> np.ndarray:
         """Codes of some rows, uint8 `[K', N']`."""
-        codes = np.ascontiguousarray(self.codes[rows, ks].T)
+        codes = turned(self.codes[rows, ks])
         return codes + np.uint8(self.added) if self.added else codes
 
     def packs(self, rows: slice, start: int) -> bool:
@@ -207,6 +212,15 @@ class Ordered:
     def pack(self, rows: slice, start: int, out: np.ndarray) -> None:
         """Fills the words of whole blocks."""
         raise AssertionError("codes in another order are packed as columns")
+
+
+def turned(array: np.ndarray) -> np.ndarray:
+    """The transpose of a small matrix, copied by way of rows that are a line longer, unless it lies so already."""
+    if array.strides[0] <= array.strides[1]:
+        return np.ascontiguousarray(array.T)
+    buffer = np.empty((len(array), array.shape[1] + _LINE // array.itemsize), array.dtype)[:, : array.shape[1]]
+    buffer[...] = array
+    return np.ascontiguousarray(buffer.T)
 
 
 def every(codes: Codes) -> np.ndarray:
