@@ -27,8 +27,11 @@ PER_WORD = 8
 NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 INTEGERS = ("int32", "uint32")
 
-# What AutoAWQ calls its layouts; those of exllama are GEMM's in the file.
-LAYOUTS = {"gemm": "gemm", "exllama": "gemm", "exllamav2": "gemm", "gemv": "gemv"}
+GROUP_SIZE = 128  # of a config that has none, as transformers' `AwqConfig`
+
+# Keys that say the layout: AutoAWQ's, then GPTQModel's. Those of exllama and IPEX are GEMM's in the file.
+VERSIONS = ("version", "checkpoint_format", "format")
+LAYOUTS = {"gemm": "gemm", "exllama": "gemm", "exllamav2": "gemm", "ipex": "gemm", "gemv": "gemv"}
 
 
 def reader(files: CheckpointFiles, settings: Settings) -> Source:
@@ -42,10 +45,11 @@ def reader(files: CheckpointFiles, settings: Settings) -> Source:
         {"bits": settings.get("w_bit"), "group_size": settings.get("q_group_size")} | settings.values, settings.where
     )
     settings.one_of("bits", (BITS,))
-    size = settings.group_size()
-    version = settings.get("version", "gemm")
+    size = settings.group_size(GROUP_SIZE)
+    key = next((key for key in VERSIONS if key in settings), VERSIONS[0])
+    version = settings.get(key, "gemm")
     if not isinstance(version, str) or version.lower() not in LAYOUTS:
-        raise settings.error("version", f"one of {', '.join(LAYOUTS)}: other layouts are not read")
+        raise settings.error(key, f"one of {', '.join(LAYOUTS)}: other layouts are not read")
     weight = {"gemm": _gemm, "gemv": _gemv}[LAYOUTS[version.lower()]]
 
     def read(prefix: str) -> tuple[QTensor, tuple[str, ...]] | None:

@@ -34,8 +34,7 @@ ACTIVATIONS = {
 }
 ACTIVATION_BLOCK = 128
 
-# Scales of a KV cache: beside the projections, or (older writers) as those of their outputs.
-CACHE_SCALES = r"model\.layers\.\d+\.self_attn\.(q|k|v)_scale"
+# Scales of what a projection gives, by which older writers mean those of a KV cache.
 OUTPUTS = ("output_scale", "output_zero_point")
 
 
@@ -66,11 +65,6 @@ def reader(files: CheckpointFiles, settings: Settings) -> Source:
     groups = _groups(settings, form)
     ignore = settings.strings("ignore")
     notes = [f"{group.name}: {group.note}" for group in groups if group.note]
-    if settings.part("kv_cache_scheme") is not None:
-        notes.append("kv_cache_scheme: keys and values are cached in the dtype of activations")
-    for name in files:
-        if matches(f"{CACHE_SCALES}$", name, settings.where):
-            ModuleTensors(files, name.rpartition(".")[0]).take(name.rpartition(".")[2], SCALES)
 
     def read(prefix: str) -> tuple[QTensor, tuple[str, ...]] | None:
         tensors = ModuleTensors(files, prefix)
@@ -81,7 +75,7 @@ def reader(files: CheckpointFiles, settings: Settings) -> Source:
         form = group.format or _infer_format(tensors, group.weights)
         return _weight(tensors, group, form, settings), tuple(tensors.names)
 
-    return Source(read, (*CODE_TENSORS, "weight_scale"), (CACHE_SCALES,), tuple(notes))
+    return Source(read, (*CODE_TENSORS, "weight_scale"), notes=tuple(notes))
 
 
 def _refuse_transforms(settings: Settings) -> None:

@@ -45,6 +45,7 @@ class Arguments:
     group_size: int | None
     symmetric: bool
     block: tuple[int, int] | None
+    act_order: str | None
     where: str
 
     @classmethod
@@ -62,7 +63,10 @@ class Arguments:
             block = (block[0], block[1])
         bits = given.one_of("num_bits", range(2, 9), 8)
         block = block if strategy == "block" else None
-        return cls(kind, bits, strategy, size, given.flag("symmetric", True), block, given.where)
+        # "weight" and "static" have changed the order while quantizing and changed it back.
+        order = given.get("actorder")
+        act_order = f"{given.where}: actorder={order!r}" if order in ("group", "dynamic", True) else None
+        return cls(kind, bits, strategy, size, given.flag("symmetric", True), block, act_order, given.where)
 
     def check(self, form: str) -> None:
         """Raises CheckpointError where the format `form` has no weights like these."""
@@ -81,7 +85,7 @@ def _pack_quantized(tensors: ModuleTensors, arguments: Arguments, version: str) 
     packed = tensors.take("weight_packed", ("int32", "uint32"), (None, None))
     n, k = _stated_shape(tensors, packed.shape, bits)
     packing = _packing(tensors, "weight_packed", packed.shape[1], k, bits, version)
-    groups = groups_of(tensors, "weight_g_idx", k, arguments.group_size)
+    groups = groups_of(tensors, "weight_g_idx", k, arguments.group_size, act_order=arguments.act_order)
     scale = _row_scales(tensors, arguments, n, group_count(k, arguments.group_size))
     zero_point = _packed_zero_points(tensors, scale.shape, bits, version)
     if arguments.symmetric:
@@ -170,7 +174,7 @@ def _int_quantized(tensors: ModuleTensors, arguments: Arguments, version: str) -
         return _float_quantized(tensors, arguments, version)
     codes = tensors.take("weight", ("int8",), (None, None))
     n, k = codes.shape
-    groups = groups_of(tensors, "weight_g_idx", k, arguments.group_size)
+    groups = groups_of(tensors, "weight_g_idx", k, arguments.group_size, act_order=arguments.act_order)
     scale = _row_scales(tensors, arguments, n, group_count(k, arguments.group_size))
     zero_point = _signed_zero_points(tensors, scale.shape, arguments.bits)
     if arguments.symmetric:

@@ -10,6 +10,7 @@ dequantized by the package `gguf`. Rows of q and k are stored for interleaved ro
 Sources: ggml-org/llama.cpp `gguf-py`, `ggml-common.h`; huggingface/transformers `modeling_gguf_pytorch_utils.py`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +56,7 @@ SETTINGS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
+FREQUENCIES = "rope_freqs.weight"  # what rotary frequencies are divided by (Llama 3.1 and later)
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -85,7 +87,7 @@ def open_file(path: Path) -> tuple[GgufFiles, Source]:
 
     Raises:
       CheckpointError: it is no such file, or lacks a setting or a tensor's data.
-      NotImplementedError: a model of another family, or stretched rotary embeddings.
+      NotImplementedError: a model of another family, or a scaling of its rotary embeddings.
     """
     import gguf  # type: ignore[import-not-found,unused-ignore]
 
@@ -102,10 +104,18 @@ def open_file(path: Path) -> tuple[GgufFiles, Source]:
         raise NotImplementedError(f"{path}: general.architecture={family!r} is not supported; supported: llama")
     config = {key: values[f"llama.{name}"] for key, name in SETTINGS.items() if f"llama.{name}" in values}
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    stretched = [name for name in values if name.startswith("llama.rope.scaling.")] + ["rope_freqs.weight"]
-    if found := [name for name in stretched if name in values or name in stored]:
-        raise NotImplementedError(f"{path}: {found[0]}: rotary embeddings that are stretched are not supported in GGUF")
+    scaling = values.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise NotImplementedError(
+            f"{path}: llama.rope.scaling.type={scaling!r} is not supported; supported: none, and {FREQUENCIES}"
+        )
+    divisors = stored.pop(FREQUENCIES, None)
     config |= {"model_type": "llama", "eos_token_id": stop, "torch_dtype": "float16"}
+    if divisors is not None:
+        each = [float(divisor) for divisor in divisors.data]
+        if not all(0 < divisor < math.inf for divisor in each):
+            raise CheckpointError(f"{path}: tensor {FREQUENCIES!r} holds a value that is no positive number")
+        config["rope_scaling"] = {"rope_type": "longrope", "short_factor": each, "long_factor": each}
     config["tie_word_embeddings"] = "output.weight" not in stored
     if "token_embd.weight" in stored:
         config["vocab_size"] = int(stored["token_embd.weight"].shape[1])

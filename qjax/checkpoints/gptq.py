@@ -24,6 +24,7 @@ BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
 INTEGERS = ("int32", "uint32")
 CODE_TENSOR = "qweight"
+GROUP_SIZE = 128  # of a config that has none, as transformers' `GPTQConfig`
 
 # Names that configs had before these.
 ALIASES = {"w_bit": "bits", "q_group_size": "group_size", "format": "checkpoint_format"}
@@ -68,9 +69,15 @@ def _renamed(settings: Settings) -> Settings:
 
 def _check(settings: Settings) -> None:
     settings.one_of("checkpoint_format", VERSIONS, "gptq")
-    settings.one_of("bits", BITS)
-    settings.group_size()
+    _bits(settings)
+    settings.group_size(GROUP_SIZE)
     settings.flag("sym", True)
+    settings.flag("desc_act")
+
+
+def _bits(settings: Settings) -> int:
+    bits: int = settings.one_of("bits", BITS)
+    return bits
 
 
 def _overrides(settings: Settings) -> dict[str, Settings | None]:
@@ -98,11 +105,12 @@ def _settings_of(prefix: str, settings: Settings, overrides: dict[str, Settings 
 
 
 def _weight(tensors: ModuleTensors, settings: Settings) -> QTensor:
-    bits, size = settings.get("bits"), settings.group_size()
+    bits, size = _bits(settings), settings.group_size(GROUP_SIZE)
     rows, n = _rows_and_columns(tensors, bits)
     k = rows * WORD // bits
     qweight = tensors.take("qweight", INTEGERS, (rows, n))
-    groups = groups_of(tensors, "g_idx", k, size)
+    act_order = f"{settings.where}: desc_act=true" if settings.flag("desc_act") else None
+    groups = groups_of(tensors, "g_idx", k, size, act_order=act_order)
     count = group_count(k, size)
     note = f"for K={k} in groups of {size or k}"
     scales = tensors.take("scales", SCALES, (count, n), note=_group_note(tensors, k, note))
@@ -146,7 +154,7 @@ def _zero_points(words: np.ndarray, n: int, settings: Settings) -> np.ndarray:
     Version 1 took one from whole words, so that a field borrowed from the next; adding one to whole words gives it
     back. Fields of 3 bits straddle words, and were changed one by one.
     """
-    bits = settings.get("bits")
+    bits = _bits(settings)
     first = settings.get("checkpoint_format", "gptq") == "gptq"
     if first and WORD % bits == 0:
         words = words + np.uint32((2**WORD - 1) // (2**bits - 1))

@@ -43,8 +43,10 @@ def group_count(k: int, size: int | None) -> int:
     return 1 if size is None else -(-k // size)
 
 
-def groups_of(tensors: ModuleTensors, suffix: str, k: int, size: int | None) -> Groups:
+def groups_of(tensors: ModuleTensors, suffix: str, k: int, size: int | None, *, act_order: str | None) -> Groups:
     """The groups of K, by the index in the tensor `suffix` (int32 `[K]`) where there is one.
+
+    Where the settings ask for one, `act_order` says how, and it has to be there.
 
     An index that holds one value where there are more groups is one that the writer left unset. Groups that are not all
     of `size` after sorting become smaller ones with scales repeated.
@@ -52,6 +54,8 @@ def groups_of(tensors: ModuleTensors, suffix: str, k: int, size: int | None) -> 
     count = group_count(k, size)
     regular = np.arange(k) // (size or k)
     if suffix not in tensors:
+        if act_order is not None and count > 1:
+            raise CheckpointError(f"{tensors.where(suffix)}: missing; {act_order}")
         return Groups(size)
     index = tensors.take(suffix, ("int32", "int64"), (k,))
     if np.array_equal(index, regular) or (index.size and index.min() == index.max() and index[0] in (0, -1)):

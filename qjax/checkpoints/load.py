@@ -5,6 +5,7 @@ formats: activations as asked, every array checked, then placed.
 """
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -70,7 +71,7 @@ def load(
         dtype = devices.compute_dtype(devices.current())
     ignored = () if opened is None else opened.beside
     model = load_llama(files, dtype=dtype, mesh=mesh, reader=reader, ignored=ignored)
-    model.notes = () if opened is None else opened.notes
+    model.notes = (*(() if opened is None else opened.notes), *model.notes)
     return model
 
 
@@ -97,7 +98,8 @@ def _layer_reader(files: CheckpointFiles, opened: Source, activations: str, mesh
             return dense(prefix)
         kernel, names = found
         bias = f"{prefix}.bias"
-        unknown = [name for name in files if name.startswith(f"{prefix}.") and name not in (*names, bias)]
+        others = (name for name in files if name.startswith(f"{prefix}.") and name not in (*names, bias))
+        unknown = [name for name in others if not any(re.fullmatch(known, name) for known in opened.beside)]
         if unknown:
             raise CheckpointError(f"{files.path}: unexpected {', '.join(unknown)}; {prefix} is {', '.join(names)}")
         where = f"{files.path}: {prefix}.weight"
@@ -140,9 +142,9 @@ def on_device(w: QTensor) -> QTensor:
 def _on_mesh(w: QTensor, prefix: str, mesh: Mesh, where: str, opened: Source) -> QTensor:
     from qjax.models.llama_weights import partition_spec
 
-    path = prefix.removeprefix("model.")
-    spec: Any = partition_spec(path, mesh)
-    if path == "embed_tokens":  # partitioned as [vocabulary, features]; its kernel is the transpose
+    name = prefix.rpartition(".")[2]
+    spec: Any = partition_spec(name if name in ("embed_tokens", "lm_head") else prefix, mesh)
+    if name == "embed_tokens":  # partitioned as [vocabulary, features]; its kernel is the transpose
         spec = PartitionSpec(*reversed(spec))
     if not opened.ours:
         k, n = (1 if axis is None else mesh.shape[axis] for axis in spec)
