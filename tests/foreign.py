@@ -15,6 +15,13 @@ from qjax.checkpoints.write import write_folder
 
 MODULE = "m"
 
+HIDDEN, INNER = 128, 192  # 192 / 4 = 48: no whole group, no whole block of 128
+LINEARS = {
+    **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
+    **{f"mlp.{name}_proj": (INNER, HIDDEN) for name in ("gate", "up")},
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+
 
 class Foreign(NamedTuple):
     """A module's tensors by the rest of their names, the folder's settings, and the weight."""
@@ -241,3 +248,21 @@ def hqq(rng: np.random.Generator, *, bits: int, n: int, k: int, group: int, axis
     }
     weight = ((codes.astype(np.float32) - zero.astype(np.float32)) * scale.astype(np.float32)).reshape(n, k)
     return Foreign(tensors, dict(quant_method="hqq"), weight)
+
+
+def llama(folder: Path, make: Any, options: dict[str, Any], **settings: Any) -> Path:
+    """A Llama of one layer whose Linears are in a format of another tool."""
+    rng = np.random.default_rng(0)
+    tensors: dict[str, np.ndarray] = {}
+    config: dict[str, Any] = {}
+    for name, (n, k) in LINEARS.items():
+        made = make(rng, n=n, k=k, **options)
+        tensors |= {f"model.layers.0.{name}.{rest}": array for rest, array in made.tensors.items()}
+        config["quantization_config"] = made.settings | settings
+    for name in ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm"):
+        tensors[f"model.{name}.weight"] = np.full(HIDDEN, 0.1, np.float16)
+    tensors["model.embed_tokens.weight"] = rng.normal(size=(32, HIDDEN)).astype(np.float16)
+    config |= dict(model_type="llama", vocab_size=32, hidden_size=HIDDEN, intermediate_size=INNER)
+    config |= dict(num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True)
+    write_folder(folder, tensors=tensors, config=config)
+    return folder

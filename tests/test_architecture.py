@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "qjax.schemes": Row("qjax.formats"),
     "qjax.scheme_json": Row("qjax.formats qjax.schemes"),
     "qjax.layouts": Row("qjax.formats"),
+    "qjax.host_layouts": Row("qjax.layouts"),
     "qjax.qtensor": Row(f"{TENSOR} qjax.dequantize qjax.display"),
     "qjax.dequantize": Row(TENSOR),
     "qjax.quotient": Row(),
@@ -97,7 +98,9 @@ MAY_IMPORT = {
     "qjax.nnx.*": Row(
         f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress qjax.dispatch", "flax"
     ),
-    "qjax.checkpoints.*": Row(f"{TENSOR} qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"),
+    "qjax.checkpoints.*": Row(
+        f"{TENSOR} qjax.host_layouts qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"
+    ),
     "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress", "flax tokenizers"),
     "qjax.bench.*": Row(
         f"qjax {PRODUCT} qjax.dispatch qjax.activations qjax.quantize_call qjax.kernel_call qjax.lookup qjax.devices "

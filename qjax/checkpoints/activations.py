@@ -1,8 +1,7 @@
 """How x is quantized on its way into a weight of a folder: as the folder says, or as the caller asks instead."""
 
 import dataclasses
-
-import jax
+from typing import Any
 
 from qjax.errors import SchemeError
 from qjax.qtensor import QTensor
@@ -17,7 +16,7 @@ CHOICES = ("checkpoint", "none", *dict.fromkeys(x for _, x in WITH_ACTIVATIONS))
 _NAMES = {"int8": "int8", "e4m3": "fp8"}
 
 
-def as_stored(w: QTensor, activation: Activation, act_scale: jax.Array | None = None) -> QTensor | None:
+def as_stored(w: QTensor, activation: Activation, act_scale: Any = None) -> QTensor | None:
     """A weight-only QTensor under the scheme that quantizes x so; None where there is no such scheme."""
     name, _, options = w.scheme.spec.partition(":")
     target = WITH_ACTIVATIONS.get((name, _NAMES[activation.format]))

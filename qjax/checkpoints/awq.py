@@ -12,12 +12,12 @@ AWQ folds factors into norms and other Linears, so that every tensor is the file
 Sources: casper-hansen/AutoAWQ `awq/modules/linear/{gemm,gemv}.py`, `awq/utils/packing_utils.py`.
 """
 
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.checkpoints.codes import repack_rows, repack_stream, to_zero_point, transposed, unpack_rows, unpack_stream
+from qjax.checkpoints.codes import NibblesAcross, Stream, every
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.checkpoints.grouped import Groups, group_count, int_weight
+from qjax.checkpoints.packed import to_zero_point
 from qjax.checkpoints.source import SCALES, ModuleTensors, Settings, Source
 from qjax.errors import CheckpointError
 from qjax.qtensor import QTensor
@@ -27,8 +27,11 @@ PER_WORD = 8
 NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 INTEGERS = ("int32", "uint32")
 
-# What AutoAWQ calls its layouts; those of exllama are GEMM's in the file.
-LAYOUTS = {"gemm": "gemm", "exllama": "gemm", "exllamav2": "gemm", "gemv": "gemv"}
+GROUP_SIZE = 128  # of a config that has none, as transformers' `AwqConfig`
+
+# Keys that say the layout: AutoAWQ's, then GPTQModel's. Those of exllama and IPEX are GEMM's in the file.
+VERSIONS = ("version", "checkpoint_format", "format")
+LAYOUTS = {"gemm": "gemm", "exllama": "gemm", "exllamav2": "gemm", "ipex": "gemm", "gemv": "gemv"}
 
 
 def reader(files: CheckpointFiles, settings: Settings) -> Source:
@@ -42,10 +45,11 @@ def reader(files: CheckpointFiles, settings: Settings) -> Source:
         {"bits": settings.get("w_bit"), "group_size": settings.get("q_group_size")} | settings.values, settings.where
     )
     settings.one_of("bits", (BITS,))
-    size = settings.group_size()
-    version = settings.get("version", "gemm")
+    size = settings.group_size(GROUP_SIZE)
+    key = next((key for key in VERSIONS if key in settings), VERSIONS[0])
+    version = settings.get(key, "gemm")
     if not isinstance(version, str) or version.lower() not in LAYOUTS:
-        raise settings.error("version", f"one of {', '.join(LAYOUTS)}: other layouts are not read")
+        raise settings.error(key, f"one of {', '.join(LAYOUTS)}: other layouts are not read")
     weight = {"gemm": _gemm, "gemv": _gemv}[LAYOUTS[version.lower()]]
 
     def read(prefix: str) -> tuple[QTensor, tuple[str, ...]] | None:
@@ -65,11 +69,10 @@ def _gemm(tensors: ModuleTensors, size: int | None) -> QTensor:
     zeros = tensors.take("qzeros", INTEGERS, (count, n // PER_WORD), note=note)
     scales = tensors.take("scales", SCALES, (count, n), note=note)
     return int_weight(
-        repack_rows(transposed(qweight), NIBBLES, BITS),
-        jnp.array(scales.T),
-        to_zero_point(unpack_rows(transposed(zeros), NIBBLES), BITS),
+        NibblesAcross(qweight.view(np.uint32), NIBBLES),
+        scales.T,
+        to_zero_point(every(NibblesAcross(zeros.view(np.uint32), NIBBLES)).T, BITS),
         bits=BITS,
-        k=k,
         groups=Groups(size),
     )
 
@@ -84,10 +87,9 @@ def _gemv(tensors: ModuleTensors, size: int | None) -> QTensor:
     zeros = tensors.take("qzeros", INTEGERS, (n, None), note=note)
     scales = tensors.take("scales", SCALES, (n, zeros.shape[1] * PER_WORD), note=note)
     return int_weight(
-        repack_stream(jnp.asarray(qweight.view(np.uint32)), BITS, k),
-        jnp.array(scales[:, :count]),
-        to_zero_point(unpack_stream(jnp.asarray(zeros.view(np.uint32)), BITS, count), BITS),
+        Stream(qweight.view(np.uint32), BITS, k),
+        scales[:, :count],
+        to_zero_point(every(Stream(zeros.view(np.uint32), BITS, count)).T, BITS),
         bits=BITS,
-        k=k,
         groups=Groups(size),
     )

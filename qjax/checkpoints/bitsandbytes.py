@@ -23,17 +23,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.checkpoints.codes import as_words, repack_swapped, to_words
+from qjax.checkpoints.codes import Bytes, Stream, as_words
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.checkpoints.grouped import int_scheme
+from qjax.checkpoints.packed import Packed, host_tensor
 from qjax.checkpoints.source import ModuleTensors, Settings, Source
 from qjax.errors import CheckpointError
 from qjax.formats import FORMATS
-from qjax.qtensor import QTensor, k_pieces
+from qjax.qtensor import QTensor
 from qjax.schemes import FP4, NF4, Scheme
 
 STATES = {f"weight.quant_state.bitsandbytes__{name}": make for name, make in {"nf4": NF4, "fp4": FP4}.items()}
@@ -87,7 +86,7 @@ def _int8(tensors: ModuleTensors) -> QTensor:
             raise CheckpointError(f"{where}: {order.item()}; expected 0 (rows): orders of one kind of GPU are not read")
     scale = largest.astype(np.float32)[:, None] * np.float32(1 / 127)
     scheme = int_scheme(8, None, symmetric=True, scale_dtype="float32")
-    return QTensor(jnp.array(codes), jnp.array(scale), scheme=scheme, k_piece=k_pieces(k, 8, 1))
+    return host_tensor(codes, scale, scheme=scheme, k=k)
 
 
 def _four_bits(tensors: ModuleTensors, state_name: str) -> QTensor:
@@ -95,16 +94,16 @@ def _four_bits(tensors: ModuleTensors, state_name: str) -> QTensor:
     n, k = state.shape
     packed = _codes(tensors, n, k)
     size = math.gcd(k, state.block)  # a block of ours lies in one of theirs
-    scale: jax.Array | QTensor = _scales(tensors, state, size)
+    scale: np.ndarray | QTensor = _scales(tensors, state, size)
     scheme = STATES[state_name](block_size=size, double_quant=isinstance(scale, QTensor))
     if isinstance(scale, QTensor):
         scheme = dataclasses.replace(scheme, nested=state.nested_block)
-    return QTensor(
+    return host_tensor(
         packed,
         scale,
         codebook=_table(tensors, "weight.quant_map", scheme.weight),
         scheme=scheme,
-        k_piece=k_pieces(k, 4, 1),
+        k=k,
     )
 
 
@@ -129,7 +128,7 @@ def _state(tensors: ModuleTensors, name: str) -> State:
     return State((shape[0], shape[1]), given.count("blocksize"), nested, float(offset))
 
 
-def _codes(tensors: ModuleTensors, n: int, k: int) -> jax.Array:
+def _codes(tensors: ModuleTensors, n: int, k: int) -> Packed:
     """`QTensor.packed` of the nibbles."""
     stored = tensors.raw("weight", STORAGE)
     if stored.nbytes != -(-n * k // 2):
@@ -139,16 +138,16 @@ def _codes(tensors: ModuleTensors, n: int, k: int) -> jax.Array:
         )
     flat = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
     if k % 2 == 0:
-        return repack_swapped(jnp.asarray(as_words(flat.reshape(n, -1))), k)
+        return Packed(Stream(as_words(flat.reshape(n, -1)), 4, k, first="high"), 4)
     codes = np.stack([flat >> 4, flat & 15], axis=-1).reshape(-1)[: n * k]  # rows begin in the middle of a byte
-    return to_words(jnp.asarray(codes.reshape(n, k)), 4)
+    return Packed(Bytes(codes.reshape(n, k)), 4)
 
 
-def _table(tensors: ModuleTensors, name: str, form: str) -> jax.Array | None:
+def _table(tensors: ModuleTensors, name: str, form: str) -> np.ndarray | None:
     """A table of the file, or None where it is the format's own."""
     own = np.array(FORMATS[form].codebook, np.float32)
     table = tensors.take(name, ("float32",), own.shape)
-    return None if np.array_equal(table, own) else jnp.array(table)
+    return None if np.array_equal(table, own) else table
 
 
 def _scales(tensors: ModuleTensors, state: State, size: int) -> Any:
@@ -156,22 +155,22 @@ def _scales(tensors: ModuleTensors, state: State, size: int) -> Any:
     n, k = state.shape
     name = "weight.absmax"
     if state.nested_block is None:
-        return jnp.array(_spread(tensors.take(name, ("float32",), (state.blocks,)), state, size))
+        return _spread(tensors.take(name, ("float32",), (state.blocks,)), state, size)
     codes = tensors.take(name, ("uint8",), (state.blocks,))
     largest = tensors.take("weight.nested_absmax", ("float32",), (-(-state.blocks // state.nested_block),))
     table = _table(tensors, "weight.nested_quant_map", "dynamic8")
     scheme = _nested_scheme(k // size, state.nested_block) if size == state.block else None
     if scheme is None:
-        values = np.array(FORMATS["dynamic8"].codebook, np.float32) if table is None else np.asarray(table)
+        values = np.array(FORMATS["dynamic8"].codebook, np.float32) if table is None else table
         spread = np.repeat(largest, state.nested_block)[: state.blocks]
-        return jnp.array(_spread(values[codes] * spread + np.float32(state.nested_offset), state, size))
-    return QTensor(
-        jnp.array(codes.reshape(n, -1)),
-        jnp.array(largest.reshape(-1, 1) if scheme.block[1] is None else largest.reshape(n, -1)),
+        return _spread(values[codes] * spread + np.float32(state.nested_offset), state, size)
+    return host_tensor(
+        codes.reshape(n, -1),
+        largest.reshape(-1, 1) if scheme.block[1] is None else largest.reshape(n, -1),
         codebook=table,
-        offset=jnp.float32(state.nested_offset),
+        offset=np.array(state.nested_offset, np.float32),
         scheme=scheme,
-        k_piece=(1, 1),
+        k=1,
     )
 
 

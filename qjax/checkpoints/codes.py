@@ -1,71 +1,237 @@
-"""Codes as other tools pack them -> codes -> our words. Bit order alone: no names, no scales.
+"""Codes as other tools pack them -> bytes or our words. Bit order alone: no names, no scales.
 
 A stream of b-bit codes is "LSB first": the words of a row laid end to end, code i in bits `i*b` to `i*b + b - 1`,
 counted from the least significant. In a dense stream a code may straddle two words; in a padded one each word holds
-`32 // b` whole codes and its top bits are unused. Words are turned into words by one program on the device.
+`32 // b` whole codes and its top bits are unused.
+
+Each class is a way to hold a matrix `[N, K]` of codes in a file. It reads what is asked for and no more: `columns`
+gives any part as bytes with K first, and `pack` whole blocks as words without taking codes out, where it says so.
 """
 
-import math
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.layouts import pack, padded
+from qjax import host_layouts
+from qjax.layouts import BLOCK
 
 type Packing = Literal["dense", "padded"]
 
 PACKINGS: tuple[Packing, ...] = ("dense", "padded")
 WORD = 32
-_ROWS = 64  # rows that are transposed at a time
-_LINE = 16  # words of a cache line
-_ALIGNMENT = 64
-_THREADS = 8
+_ROWS = 64  # rows that are packed into a stream at a time
+_LINE = 64  # bytes of a line of the cache
 
 
-def storage_bits(bits: int) -> int:
-    """Bits of the format that holds codes of `bits`: 7 are held in 8."""
-    return 8 if bits == 7 else bits
+class Codes(Protocol):
+    """Unsigned codes `[N, K]` in a file."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and blocks that are best taken at a time."""
+
+    def columns(self, rows: slice, ks: slice) -> np.ndarray:
+        """Codes of some rows, uint8 `[K', N']`."""
+
+    def packs(self, rows: slice, start: int) -> bool:
+        """Whether `pack` can: begin at these rows, at code `start` of each."""
+
+    def pack(self, rows: slice, start: int, out: np.ndarray) -> None:
+        """Fills the words of whole blocks, uint32 `[N', blocks, 4 * bits]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Streams along K: uint32 `[N, W]`, of any strides. `first` is the nibble of a byte that comes first."""
+
+    words: np.ndarray
+    bits: int
+    length: int
+    packing: Packing = "dense"
+    first: Literal["low", "high"] = "low"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return len(self.words), self.length
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and blocks that are best taken at a time."""
+        return (256, 32) if self.bits == 4 else (256, 8)
+
+    def columns(self, rows: slice, ks: slice) -> np.ndarray:
+        """Codes of some rows, uint8 `[K', N']`."""
+        # Eight codes of a dense stream take `bits` bytes, and each lies in two neighbouring ones.
+        count, size = (8, self.bits) if self.packing == "dense" else (WORD // self.bits, 4)
+        first, last = ks.start // count, -(-ks.stop // count)
+        stored = self._bytes(rows, first * size, last * size).reshape(last - first, size, -1)
+        stored = np.ascontiguousarray(stored.swapaxes(0, 1))
+        codes = np.empty((last - first, count, stored.shape[-1]), np.uint8)
+        for place in range(count):
+            byte, bit = divmod(place * self.bits, 8)
+            code = stored[byte] >> np.uint8(bit)
+            if bit + self.bits > 8:
+                code |= stored[byte + 1] << np.uint8(8 - bit)
+            code &= np.uint8(2**self.bits - 1)
+            codes[:, place] = code
+        return codes.reshape(-1, codes.shape[-1])[ks.start - first * count : ks.stop - first * count]
+
+    def _bytes(self, rows: slice, start: int, stop: int) -> np.ndarray:
+        """Bytes of the streams, `[stop - start, N']`; zeros after their end."""
+        words = turned(self._ordered(self.words[rows, start // 4 : -(-stop // 4)]))
+        found = np.empty((len(words), 4, words.shape[1]), np.uint8)
+        for byte in range(4):
+            found[:, byte] = (words >> np.uint32(8 * byte)).astype(np.uint8)
+        flat = found.reshape(-1, words.shape[1])[start % 4 :][: stop - start]
+        short = stop - start - len(flat)
+        return np.pad(flat, [(0, short), (0, 0)]) if short else flat
+
+    def _ordered(self, words: np.ndarray) -> np.ndarray:
+        if self.first == "low":
+            return words
+        low = np.uint32(0x0F0F0F0F)
+        return ((words & low) << np.uint32(4)) | ((words >> np.uint32(4)) & low)
+
+    def packs(self, rows: slice, start: int) -> bool:
+        """Whether `pack` can."""
+        return self.bits == 4 and start * self.bits % WORD == 0
+
+    def pack(self, rows: slice, start: int, out: np.ndarray) -> None:
+        """Fills the words of whole blocks."""
+        first = start * self.bits // WORD
+        words = self._ordered(self.words[rows, first : first + out.shape[1] * BLOCK * self.bits // WORD])
+        if words.strides[0] < words.strides[1]:
+            host_layouts.pack_nibble_columns(words.T, out)
+        else:
+            host_layouts.pack_nibble_rows(words, out)
+
+
+@dataclass(frozen=True, eq=False)
+class NibblesAcross:
+    """Eight neighbours along N in a word: uint32 `[K, N/8]`; neighbour j is nibble `order[j]`."""
+
+    words: np.ndarray
+    order: Sequence[int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.words.shape[1] * len(self.order), len(self.words)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and blocks that are best taken at a time."""
+        return 1024, 8
+
+    def columns(self, rows: slice, ks: slice) -> np.ndarray:
+        """Codes of some rows, uint8 `[K', N']`."""
+        each = len(self.order)
+        first = rows.start // each
+        words = self.words[ks, first : -(-rows.stop // each)]
+        codes = np.empty((*words.shape, each), np.uint8)
+        for place, nibble in enumerate(self.order):
+            codes[..., place] = (words >> np.uint32(4 * nibble)) & np.uint32(15)
+        return codes.reshape(len(words), -1)[:, rows.start - first * each : rows.stop - first * each]
+
+    def packs(self, rows: slice, start: int) -> bool:
+        """Whether `pack` can."""
+        return rows.start % len(self.order) == 0 and rows.stop % len(self.order) == 0
+
+    def pack(self, rows: slice, start: int, out: np.ndarray) -> None:
+        """Fills the words of whole blocks."""
+        each = len(self.order)
+        words = self.words[start : start + out.shape[1] * BLOCK, rows.start // each : rows.stop // each]
+        places = np.argsort(self.order)
+        host_layouts.pack_nibbles_across(words, [out[place::each] for place in places])
+
+
+@dataclass(frozen=True, eq=False)
+class Bytes:
+    """A code a byte: uint8 `[N, K]`, to which `added` is added modulo 256."""
+
+    codes: np.ndarray
+    added: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        n, k = self.codes.shape
+        return n, k
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and blocks that are best taken at a time."""
+        return 256, 8
+
+    def columns(self, rows: slice, ks: slice) -> np.ndarray:
+        """Codes of some rows, uint8 `[K', N']`."""
+        codes = turned(self.codes[rows, ks])
+        return codes + np.uint8(self.added) if self.added else codes
+
+    def packs(self, rows: slice, start: int) -> bool:
+        """Whether `pack` can."""
+        return False
+
+    def pack(self, rows: slice, start: int, out: np.ndarray) -> None:
+        """Fills the words of whole blocks."""
+        raise AssertionError("bytes are packed as columns")
+
+
+@dataclass(frozen=True, eq=False)
+class Ordered:
+    """Other codes, place k holding code `order[k]`."""
+
+    codes: Codes
+    order: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.codes.shape
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and blocks that are best taken at a time."""
+        return 128, -(-self.shape[1] // BLOCK)
+
+    def columns(self, rows: slice, ks: slice) -> np.ndarray:
+        """Codes of some rows, uint8 `[K', N']`."""
+        return self.codes.columns(rows, slice(0, self.shape[1]))[self.order[ks]]
+
+    def packs(self, rows: slice, start: int) -> bool:
+        """Whether `pack` can."""
+        return False
+
+    def pack(self, rows: slice, start: int, out: np.ndarray) -> None:
+        """Fills the words of whole blocks."""
+        raise AssertionError("codes in another order are packed as columns")
+
+
+def turned(array: np.ndarray) -> np.ndarray:
+    """The transpose of a small matrix, copied by way of rows that are a line longer, unless it lies so already."""
+    if array.strides[0] <= array.strides[1]:
+        return np.ascontiguousarray(array.T)
+    buffer = np.empty((len(array), array.shape[1] + _LINE // array.itemsize), array.dtype)[:, : array.shape[1]]
+    buffer[...] = array
+    return np.ascontiguousarray(buffer.T)
+
+
+def every(codes: Codes) -> np.ndarray:
+    """All of them, uint8 `[K, N]`: for zero points, which are few."""
+    n, k = codes.shape
+    return codes.columns(slice(0, n), slice(0, k))
 
 
 def word_count(length: int, bits: int, packing: Packing = "dense") -> int:
     """Words that `length` codes take."""
     return -(-length * bits // WORD) if packing == "dense" else -(-length // (WORD // bits))
-
-
-def transposed(words: np.ndarray) -> jax.Array:
-    """Words `[R, C]` of a file -> uint32 `[C, R]` on the default device.
-
-    A GPU does it itself. A CPU would go through rows that begin a power of two apart, which share a few lines of its
-    cache; a few rows at a time, from a buffer with longer ones, it is ten times faster.
-    """
-    words = words.view(np.uint32)
-    if jax.default_backend() != "cpu":
-        return jnp.asarray(words).T
-    rows, columns = words.shape
-    found = _aligned((columns, rows), words.dtype)
-
-    def turn(start: int) -> None:
-        chunk = words[start : start + _ROWS]
-        buffer = np.empty((len(chunk), columns + _LINE), words.dtype)[:, :columns]
-        buffer[:] = chunk
-        found[:, start : start + _ROWS] = buffer.T
-
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(turn, range(0, rows, _ROWS)))
-    return jnp.asarray(found)
-
-
-def _aligned(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-    """An empty array that JAX can use on a CPU as it is, without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def pack_stream(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -83,80 +249,3 @@ def as_words(rows: np.ndarray) -> np.ndarray:
     rows = np.ascontiguousarray(rows).view(np.uint8)
     rows = np.pad(rows, [(0, 0), (0, -rows.shape[-1] % 4)]) if rows.shape[-1] % 4 else rows
     return rows.view("<u4")
-
-
-@partial(jax.jit, static_argnames=("bits", "count", "packing"))
-def unpack_stream(words: jax.Array, bits: int, count: int, packing: Packing = "dense") -> jax.Array:
-    """The first `count` codes of LSB-first streams: uint32 `[R, W]` -> uint8 `[R, count]`."""
-    if packing == "padded" or WORD % bits == 0:
-        shifts = bits * jnp.arange(WORD // bits, dtype=jnp.uint32)
-        codes = (words[:, :, None] >> shifts) & jnp.uint32(2**bits - 1)
-        return codes.astype(jnp.uint8).reshape(words.shape[0], -1)[:, :count]
-    # Eight codes take `bits` bytes, and each lies in two neighbouring ones.
-    each = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(words.shape[0], -1)
-    each = jnp.pad(each, [(0, 0), (0, -each.shape[1] % bits)])
-    run = each.reshape(words.shape[0], -1, bits).astype(jnp.uint16)
-    columns = []
-    for code in range(8):
-        byte, bit = divmod(code * bits, 8)
-        pair = run[..., byte] | (run[..., min(byte + 1, bits - 1)] << 8)
-        columns.append(((pair >> bit) & jnp.uint16(2**bits - 1)).astype(jnp.uint8))
-    return jnp.stack(columns, axis=-1).reshape(words.shape[0], -1)[:, :count]
-
-
-@partial(jax.jit, static_argnames="order")
-def unpack_rows(words: jax.Array, order: tuple[int, ...]) -> jax.Array:
-    """uint32 `[R, C]` -> uint8 `[8 R, C]`: row `8 r + j` is nibble `order[j]` of the words of row r."""
-    shifts = 4 * jnp.array(order, jnp.uint32)
-    codes = (words[:, None, :] >> shifts[:, None]) & jnp.uint32(15)
-    return codes.astype(jnp.uint8).reshape(-1, words.shape[1])
-
-
-@partial(jax.jit, static_argnames=("bits", "k", "packing"))
-def repack_stream(
-    words: jax.Array, bits: int, k: int, packing: Packing = "dense", order: jax.Array | None = None
-) -> jax.Array:
-    """LSB-first streams along K, uint32 `[N, W]` -> `QTensor.packed`; `order` as in `to_storage`."""
-    codes = unpack_stream(words, bits, k, packing)
-    if WORD % bits or order is not None:
-        codes = jax.lax.optimization_barrier(codes)  # else unpacked again for each bit that is packed
-    return to_storage(codes, bits, order)
-
-
-@partial(jax.jit, static_argnames="k")
-def repack_swapped(words: jax.Array, k: int) -> jax.Array:
-    """Bytes of two 4-bit codes along K, high nibble first, as words `[N, W]` -> `QTensor.packed`."""
-    low = jnp.uint32(0x0F0F0F0F)
-    return repack_stream(((words & low) << 4) | ((words >> 4) & low), 4, k)
-
-
-@partial(jax.jit, static_argnames=("nibbles", "bits"))
-def repack_rows(words: jax.Array, nibbles: tuple[int, ...], bits: int) -> jax.Array:
-    """Words as `unpack_rows` takes them -> `QTensor.packed`."""
-    return to_storage(unpack_rows(words, nibbles), bits)
-
-
-@partial(jax.jit, static_argnames="bits")
-def to_storage(codes: jax.Array, bits: int, order: jax.Array | None = None) -> jax.Array:
-    """Unsigned codes uint8 `[N, K]` of an integer format -> `QTensor.packed`: words, or int8 at 7 and 8 bits.
-
-    `order`, int32 `[K]`, says which code comes to each place.
-    """
-    if order is not None:
-        codes = codes[:, order]
-    return to_zero_point(codes, bits) if bits >= 7 else to_words(codes, bits)
-
-
-@partial(jax.jit, static_argnames="bits")
-def to_words(codes: jax.Array, bits: int) -> jax.Array:
-    """Codes uint8 `[..., N, K]` -> words `[..., N, ceil(K/128), 4 * bits]`."""
-    k = codes.shape[-1]
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padded(k) - k)])
-    return pack(codes, bits)
-
-
-@partial(jax.jit, static_argnames="bits")
-def to_zero_point(codes: jax.Array, bits: int) -> jax.Array:
-    """Unsigned codes -> int8 in the domain of stored ones: as they are below 7 bits, else minus `2^(bits-1)`."""
-    middle = 2 ** (bits - 1) if bits >= 7 else 0
-    return (codes.astype(jnp.int16) - middle).astype(jnp.int8)

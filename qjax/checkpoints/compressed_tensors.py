@@ -7,7 +7,7 @@ Source: vllm-project/compressed-tensors `quantization/{quant_args,quant_config}.
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
+import numpy as np
 
 from qjax.checkpoints.activations import as_stored
 from qjax.checkpoints.compressed_tensors_weights import CODE_TENSORS, FORMATS_OF_TYPE, WEIGHTS, Arguments
@@ -34,8 +34,7 @@ ACTIVATIONS = {
 }
 ACTIVATION_BLOCK = 128
 
-# Scales of a KV cache: beside the projections, or (older writers) as those of their outputs.
-CACHE_SCALES = r"model\.layers\.\d+\.self_attn\.(q|k|v)_scale"
+# Scales of what a projection gives, by which older writers mean those of a KV cache.
 OUTPUTS = ("output_scale", "output_zero_point")
 
 
@@ -66,11 +65,6 @@ def reader(files: CheckpointFiles, settings: Settings) -> Source:
     groups = _groups(settings, form)
     ignore = settings.strings("ignore")
     notes = [f"{group.name}: {group.note}" for group in groups if group.note]
-    if settings.part("kv_cache_scheme") is not None:
-        notes.append("kv_cache_scheme: keys and values are cached in the dtype of activations")
-    for name in files:
-        if matches(f"{CACHE_SCALES}$", name, settings.where):
-            ModuleTensors(files, name.rpartition(".")[0]).take(name.rpartition(".")[2], SCALES)
 
     def read(prefix: str) -> tuple[QTensor, tuple[str, ...]] | None:
         tensors = ModuleTensors(files, prefix)
@@ -81,7 +75,7 @@ def reader(files: CheckpointFiles, settings: Settings) -> Source:
         form = group.format or _infer_format(tensors, group.weights)
         return _weight(tensors, group, form, settings), tuple(tensors.names)
 
-    return Source(read, (*CODE_TENSORS, "weight_scale"), (CACHE_SCALES,), tuple(notes))
+    return Source(read, (*CODE_TENSORS, "weight_scale"), notes=tuple(notes))
 
 
 def _refuse_transforms(settings: Settings) -> None:
@@ -190,7 +184,7 @@ def _weight(tensors: ModuleTensors, group: Group, form: str, settings: Settings)
     return w if found is None else found
 
 
-def _input_scale(tensors: ModuleTensors) -> jnp.ndarray | None:
+def _input_scale(tensors: ModuleTensors) -> np.ndarray | None:
     if "input_scale" not in tensors:
         return None
-    return jnp.array(tensors.take_one("input_scale", SCALES).reshape(()), jnp.float32)
+    return tensors.take_one("input_scale", SCALES).reshape(()).astype(np.float32)

@@ -20,26 +20,15 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from qjax.checkpoints.codes import (
-    PACKINGS,
-    Packing,
-    as_words,
-    repack_stream,
-    to_storage,
-    to_zero_point,
-    transposed,
-    unpack_stream,
-    word_count,
-)
+from qjax.checkpoints.codes import PACKINGS, Bytes, Packing, Stream, as_words, every, word_count
 from qjax.checkpoints.grouped import group_count, groups_of, int_weight, without_middle
+from qjax.checkpoints.packed import Packed, host_tensor, to_zero_point
 from qjax.checkpoints.source import SCALES, ModuleTensors, Settings
 from qjax.errors import CheckpointError
-from qjax.qtensor import QTensor, k_pieces
+from qjax.qtensor import QTensor
 from qjax.schemes import FP8, MXFP4, MXFP8, NVFP4, Scheme
 
 DENSE_SINCE = (0, 18)
@@ -56,6 +45,7 @@ class Arguments:
     group_size: int | None
     symmetric: bool
     block: tuple[int, int] | None
+    act_order: str | None
     where: str
 
     @classmethod
@@ -73,7 +63,10 @@ class Arguments:
             block = (block[0], block[1])
         bits = given.one_of("num_bits", range(2, 9), 8)
         block = block if strategy == "block" else None
-        return cls(kind, bits, strategy, size, given.flag("symmetric", True), block, given.where)
+        # "weight" and "static" have changed the order while quantizing and changed it back.
+        order = given.get("actorder")
+        act_order = f"{given.where}: actorder={order!r}" if order in ("group", "dynamic", True) else None
+        return cls(kind, bits, strategy, size, given.flag("symmetric", True), block, act_order, given.where)
 
     def check(self, form: str) -> None:
         """Raises CheckpointError where the format `form` has no weights like these."""
@@ -92,17 +85,16 @@ def _pack_quantized(tensors: ModuleTensors, arguments: Arguments, version: str) 
     packed = tensors.take("weight_packed", ("int32", "uint32"), (None, None))
     n, k = _stated_shape(tensors, packed.shape, bits)
     packing = _packing(tensors, "weight_packed", packed.shape[1], k, bits, version)
-    groups = groups_of(tensors, "weight_g_idx", k, arguments.group_size)
+    groups = groups_of(tensors, "weight_g_idx", k, arguments.group_size, act_order=arguments.act_order)
     scale = _row_scales(tensors, arguments, n, group_count(k, arguments.group_size))
     zero_point = _packed_zero_points(tensors, scale.shape, bits, version)
     if arguments.symmetric:
         zero_point = without_middle(zero_point, bits)
     return int_weight(
-        repack_stream(jnp.asarray(packed.view(np.uint32)), bits, k, packing, groups.order),
-        jnp.array(scale),
+        Stream(packed.view(np.uint32), bits, k, packing),
+        scale,
         zero_point,
         bits=bits,
-        k=k,
         groups=groups,
     )
 
@@ -139,7 +131,7 @@ def _row_scales(tensors: ModuleTensors, arguments: Arguments, n: int, count: int
     return tensors.take("weight_scale", SCALES, shape, note=note).reshape(n, count)
 
 
-def _packed_zero_points(tensors: ModuleTensors, shape: tuple[int, ...], bits: int, version: str) -> jax.Array | None:
+def _packed_zero_points(tensors: ModuleTensors, shape: tuple[int, ...], bits: int, version: str) -> np.ndarray | None:
     """int8 `[N, G]`, from words packed along N, or (old files) from signed int8."""
     name = "weight_zero_point"
     if name not in tensors:
@@ -149,11 +141,10 @@ def _packed_zero_points(tensors: ModuleTensors, shape: tuple[int, ...], bits: in
         return _signed_zero_points(tensors, shape, bits)
     words = tensors.take(name, ("int32", "uint32"), (None, count))
     packing = _packing(tensors, name, words.shape[0], n, bits, version)
-    fields = unpack_stream(transposed(words), bits, n, packing)
-    return to_zero_point(fields.T, bits)
+    return to_zero_point(every(Stream(words.view(np.uint32).T, bits, n, packing)), bits)
 
 
-def _signed_zero_points(tensors: ModuleTensors, shape: tuple[int, ...], bits: int) -> jax.Array | None:
+def _signed_zero_points(tensors: ModuleTensors, shape: tuple[int, ...], bits: int) -> np.ndarray | None:
     """int8 like the scales, signed in the file."""
     if "weight_zero_point" not in tensors:
         return None
@@ -163,11 +154,12 @@ def _signed_zero_points(tensors: ModuleTensors, shape: tuple[int, ...], bits: in
             f"{tensors.where('weight_zero_point')}: shape {list(zeros.shape)}; expected {list(shape)}, as the scales"
         )
     wide = np.broadcast_to(zeros.reshape(1, 1) if zeros.size == 1 else zeros.reshape(shape), shape)
-    return to_zero_point(_unsigned(tensors, "weight_zero_point", wide, bits), bits)
+    _check_range(tensors, "weight_zero_point", wide, bits)
+    return to_zero_point(wide.view(np.uint8) + np.uint8(2 ** (bits - 1)), bits)  # modulo 256
 
 
-def _unsigned(tensors: ModuleTensors, suffix: str, signed: np.ndarray, bits: int) -> jax.Array:
-    """Signed codes of `bits`, in int8 -> unsigned ones, uint8."""
+def _check_range(tensors: ModuleTensors, suffix: str, signed: np.ndarray, bits: int) -> None:
+    """Refuses int8 values that are no signed codes of `bits`."""
     half = 2 ** (bits - 1)
     if bits < 8 and signed.size:
         low, high = int(signed.min()), int(signed.max())
@@ -175,7 +167,6 @@ def _unsigned(tensors: ModuleTensors, suffix: str, signed: np.ndarray, bits: int
             raise CheckpointError(
                 f"{tensors.where(suffix)}: values {low} to {high}; {bits} bits hold {-half} to {half - 1}"
             )
-    return jnp.asarray(signed.view(np.uint8) + np.uint8(half))  # modulo 256
 
 
 def _int_quantized(tensors: ModuleTensors, arguments: Arguments, version: str) -> QTensor:
@@ -183,19 +174,15 @@ def _int_quantized(tensors: ModuleTensors, arguments: Arguments, version: str) -
         return _float_quantized(tensors, arguments, version)
     codes = tensors.take("weight", ("int8",), (None, None))
     n, k = codes.shape
-    groups = groups_of(tensors, "weight_g_idx", k, arguments.group_size)
+    groups = groups_of(tensors, "weight_g_idx", k, arguments.group_size, act_order=arguments.act_order)
     scale = _row_scales(tensors, arguments, n, group_count(k, arguments.group_size))
     zero_point = _signed_zero_points(tensors, scale.shape, arguments.bits)
     if arguments.symmetric:
         zero_point = without_middle(zero_point, arguments.bits)
-    return int_weight(
-        to_storage(_unsigned(tensors, "weight", codes, arguments.bits), arguments.bits, groups.order),
-        jnp.array(scale),
-        zero_point,
-        bits=arguments.bits,
-        k=k,
-        groups=groups,
-    )
+    _check_range(tensors, "weight", codes, arguments.bits)
+    as_stored = arguments.bits == 8 and groups.order is None
+    stored = codes if as_stored else Bytes(codes.view(np.uint8), added=2 ** (arguments.bits - 1))
+    return int_weight(stored, scale, zero_point, bits=arguments.bits, groups=groups)
 
 
 def _float_quantized(tensors: ModuleTensors, arguments: Arguments, version: str) -> QTensor:
@@ -213,7 +200,7 @@ def _float_quantized(tensors: ModuleTensors, arguments: Arguments, version: str)
         scale = tensors.take("weight_scale", SCALES, (-(-n // rows), -(-k // columns)), note=note)
         scheme = dataclasses.replace(FP8(granularity="block"), block=(rows, columns))
     scheme = dataclasses.replace(scheme, scale_dtype=scale.dtype.name)
-    return QTensor(jnp.array(codes), jnp.array(scale), scheme=scheme, k_piece=k_pieces(k, 8, 1))
+    return host_tensor(codes, scale, scheme=scheme, k=k)
 
 
 def _nvfp4(tensors: ModuleTensors, arguments: Arguments, version: str) -> QTensor:
@@ -226,13 +213,13 @@ def _nvfp4(tensors: ModuleTensors, arguments: Arguments, version: str) -> QTenso
         raise CheckpointError(
             f"{tensors.where('weight_global_scale')}: value {level.item()}; expected a positive number"
         )
-    inverse = jnp.asarray((1 / level.astype(np.float64)).astype(np.float32).reshape(()))
-    return QTensor(
+    inverse = (1 / level.astype(np.float64)).astype(np.float32).reshape(())
+    return host_tensor(
         _words(packed, k),
-        jnp.array(scale),
+        scale,
         global_scale=inverse,
         scheme=scheme,
-        k_piece=k_pieces(k, 4, 1),
+        k=k,
     )
 
 
@@ -240,15 +227,14 @@ def _mxfp4(tensors: ModuleTensors, arguments: Arguments, version: str) -> QTenso
     scheme = MXFP4()
     packed, k = _nibbles(tensors)
     scale = _exponents(tensors, scheme, packed.shape[0], k)
-    words = _words(packed, k)
-    return QTensor(words, jnp.array(scale), scheme=scheme, k_piece=k_pieces(k, 4, 1))
+    return host_tensor(_words(packed, k), scale, scheme=scheme, k=k)
 
 
 def _mxfp8(tensors: ModuleTensors, arguments: Arguments, version: str) -> QTensor:
     scheme = MXFP8()
     codes = tensors.take("weight", ("float8_e4m3fn",), (None, None))
     scale = _exponents(tensors, scheme, *codes.shape)
-    return QTensor(jnp.array(codes), jnp.array(scale), scheme=scheme, k_piece=k_pieces(codes.shape[1], 8, 1))
+    return host_tensor(codes, scale, scheme=scheme, k=codes.shape[1])
 
 
 def _nibbles(tensors: ModuleTensors) -> tuple[np.ndarray, int]:
@@ -257,9 +243,9 @@ def _nibbles(tensors: ModuleTensors) -> tuple[np.ndarray, int]:
     return packed, packed.shape[1] * 2
 
 
-def _words(packed: np.ndarray, k: int) -> jax.Array:
+def _words(packed: np.ndarray, k: int) -> Packed:
     """Bytes of nibbles, low first -> `QTensor.packed`."""
-    return repack_stream(jnp.asarray(as_words(packed)), 4, k)
+    return Packed(Stream(as_words(packed), 4, k), 4)
 
 
 def _block_scales(tensors: ModuleTensors, scheme: Scheme, n: int, k: int, dtype: str) -> np.ndarray:

@@ -23,6 +23,8 @@ from qjax.errors import CheckpointError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Names of the safetensors format (its README and `safetensors/src/tensor.rs`).
@@ -75,6 +77,8 @@ class CheckpointFiles:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "CheckpointFiles":
         """Open the folder `path`: config.json and model.safetensors, or the shards an index names.
+
+        Where neither is there, the only safetensors file or index of another name is taken.
 
         Raises:
           CheckpointError: the folder, its JSON, its index or a safetensors header is missing,
@@ -173,7 +177,14 @@ def _folder_entries(folder: Path, names: list[str]) -> dict[str, Entry]:
     if SINGLE in names:
         return read_header(folder / SINGLE)
     if INDEX in names:
-        return _sharded_entries(folder)
+        return _sharded_entries(folder / INDEX)
+    # Older tools give their own names: gptq_model-4bit-128g.safetensors.
+    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    singles = [name for name in names if name.endswith(SUFFIX)]
+    if len(indices) == 1:
+        return _sharded_entries(folder / indices[0])
+    if len(singles) == 1 and not indices:
+        return read_header(folder / singles[0])
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
@@ -183,8 +194,8 @@ def _folder_entries(folder: Path, names: list[str]) -> dict[str, Entry]:
     raise CheckpointError(f"{folder}: no {SINGLE} or {INDEX}; the folder has {_listing(names)}")
 
 
-def _sharded_entries(folder: Path) -> dict[str, Entry]:
-    index = folder / INDEX
+def _sharded_entries(index: Path) -> dict[str, Entry]:
+    folder = index.parent
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: key 'weight_map' is missing or not an object")

@@ -1,7 +1,8 @@
 """Fine-grained FP8 folders (`quant_method: fp8`, DeepSeek style): e4m3 weights with a scale for each block.
 
     .weight             float8_e4m3fn [N, K]
-    .weight_scale_inv   float32 or e8m0 [ceil(N/rows), ceil(K/columns)]; it multiplies, despite its name
+    .weight_scale_inv   float32 or e8m0 [ceil(N/rows), ceil(K/columns)]; it multiplies, despite its name; AutoFP8,
+                        which has one scale a tensor, calls it .weight_scale
     .activation_scale   float32 [1], where `activation_scheme` is static; also called .input_scale
 
 A `weight_block_size` of null is one scale a tensor. A block at the edge may be smaller.
@@ -10,16 +11,17 @@ Source: huggingface/transformers `integrations/finegrained_fp8.py`, `utils/quant
 
 import dataclasses
 
-import jax.numpy as jnp
+import numpy as np
 
 from qjax.checkpoints.activations import as_stored
 from qjax.checkpoints.files import CheckpointFiles
+from qjax.checkpoints.packed import host_tensor
 from qjax.checkpoints.source import SCALES, ModuleTensors, Settings, Source
 from qjax.errors import CheckpointError
-from qjax.qtensor import QTensor, k_pieces
+from qjax.qtensor import QTensor
 from qjax.schemes import FP8, Activation
 
-SCALE = "weight_scale_inv"
+SCALES_OF_WEIGHTS = ("weight_scale_inv", "weight_scale")  # transformers and DeepSeek; AutoFP8
 STATIC_SCALES = ("activation_scale", "input_scale")
 
 
@@ -35,13 +37,15 @@ def reader(files: CheckpointFiles, settings: Settings) -> Source:
 
     def read(prefix: str) -> tuple[QTensor, tuple[str, ...]] | None:
         tensors = ModuleTensors(files, prefix)
-        if SCALE not in tensors:
-            if "weight" in tensors and files.dtype(f"{prefix}.weight") == jnp.float8_e4m3fn:
-                raise CheckpointError(f"{tensors.where(SCALE)}: missing; {prefix}.weight is float8_e4m3fn")
+        scale = next((name for name in SCALES_OF_WEIGHTS if name in tensors), None)
+        if scale is None:
+            if "weight" in tensors and files.dtype(f"{prefix}.weight").name == "float8_e4m3fn":
+                where = tensors.where(SCALES_OF_WEIGHTS[0])
+                raise CheckpointError(f"{where}: missing; {prefix}.weight is float8_e4m3fn")
             return None
-        return _with_activations(_weight(tensors, block), tensors, block, mode), tuple(tensors.names)
+        return _with_activations(_weight(tensors, scale, block), tensors, block, mode), tuple(tensors.names)
 
-    return Source(read, (SCALE,))
+    return Source(read, SCALES_OF_WEIGHTS)
 
 
 def _block(settings: Settings) -> tuple[int, int] | None:
@@ -53,18 +57,18 @@ def _block(settings: Settings) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def _weight(tensors: ModuleTensors, block: tuple[int, int] | None) -> QTensor:
+def _weight(tensors: ModuleTensors, scale_name: str, block: tuple[int, int] | None) -> QTensor:
     codes = tensors.take("weight", ("float8_e4m3fn",), (None, None))
     n, k = codes.shape
     dtypes = (*SCALES, "float8_e8m0fnu")
     if block is None:
-        scale, scheme = tensors.take_one(SCALE, dtypes).reshape(1, 1), FP8(granularity="tensor")
+        scale, scheme = tensors.take_one(scale_name, dtypes).reshape(1, 1), FP8(granularity="tensor")
     else:
         note = f"for [{n}, {k}] in blocks of {block[0]} x {block[1]}"
-        scale = tensors.take(SCALE, dtypes, (-(-n // block[0]), -(-k // block[1])), note=note)
+        scale = tensors.take(scale_name, dtypes, (-(-n // block[0]), -(-k // block[1])), note=note)
         scheme = dataclasses.replace(FP8(granularity="block"), block=block)
     scheme = dataclasses.replace(scheme, scale_dtype=scale.dtype.name)
-    return QTensor(jnp.array(codes), jnp.array(scale), scheme=scheme, k_piece=k_pieces(k, 8, 1))
+    return host_tensor(codes, scale, scheme=scheme, k=k)
 
 
 def _with_activations(w: QTensor, tensors: ModuleTensors, block: tuple[int, int] | None, mode: str) -> QTensor:
@@ -73,6 +77,6 @@ def _with_activations(w: QTensor, tensors: ModuleTensors, block: tuple[int, int]
     else:
         name = next((name for name in STATIC_SCALES if name in tensors), STATIC_SCALES[0])
         static = tensors.take_one(name, SCALES).reshape(())
-        found = as_stored(w, Activation("e4m3", "tensor", "static"), jnp.array(static, jnp.float32))
+        found = as_stored(w, Activation("e4m3", "tensor", "static"), static.astype(np.float32))
     assert found is not None, "FP8 weights have a scheme for each"
     return found

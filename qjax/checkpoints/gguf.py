@@ -10,17 +10,17 @@ dequantized by the package `gguf`. Rows of q and k are stored for interleaved ro
 Sources: ggml-org/llama.cpp `gguf-py`, `ggml-common.h`; huggingface/transformers `modeling_gguf_pytorch_utils.py`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from qjax.checkpoints.codes import to_storage
+from qjax.checkpoints.codes import Bytes
 from qjax.checkpoints.files import CheckpointFiles, Entry, file_size
 from qjax.checkpoints.grouped import Groups, int_weight
 from qjax.checkpoints.source import ModuleTensors, Source
@@ -56,6 +56,7 @@ SETTINGS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
+FREQUENCIES = "rope_freqs.weight"  # what rotary frequencies are divided by (Llama 3.1 and later)
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -86,7 +87,7 @@ def open_file(path: Path) -> tuple[GgufFiles, Source]:
 
     Raises:
       CheckpointError: it is no such file, or lacks a setting or a tensor's data.
-      NotImplementedError: a model of another family, or stretched rotary embeddings.
+      NotImplementedError: a model of another family, or a scaling of its rotary embeddings.
     """
     import gguf  # type: ignore[import-not-found,unused-ignore]
 
@@ -103,10 +104,18 @@ def open_file(path: Path) -> tuple[GgufFiles, Source]:
         raise NotImplementedError(f"{path}: general.architecture={family!r} is not supported; supported: llama")
     config = {key: values[f"llama.{name}"] for key, name in SETTINGS.items() if f"llama.{name}" in values}
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    stretched = [name for name in values if name.startswith("llama.rope.scaling.")] + ["rope_freqs.weight"]
-    if found := [name for name in stretched if name in values or name in stored]:
-        raise NotImplementedError(f"{path}: {found[0]}: rotary embeddings that are stretched are not supported in GGUF")
+    scaling = values.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise NotImplementedError(
+            f"{path}: llama.rope.scaling.type={scaling!r} is not supported; supported: none, and {FREQUENCIES}"
+        )
+    divisors = stored.pop(FREQUENCIES, None)
     config |= {"model_type": "llama", "eos_token_id": stop, "torch_dtype": "float16"}
+    if divisors is not None:
+        each = [float(divisor) for divisor in divisors.data]
+        if not all(0 < divisor < math.inf for divisor in each):
+            raise CheckpointError(f"{path}: tensor {FREQUENCIES!r} holds a value that is no positive number")
+        config["rope_scaling"] = {"rope_type": "longrope", "short_factor": each, "long_factor": each}
     config["tie_word_embeddings"] = "output.weight" not in stored
     if "token_embd.weight" in stored:
         config["vocab_size"] = int(stored["token_embd.weight"].shape[1])
@@ -165,11 +174,10 @@ def _read(files: GgufFiles, prefix: str) -> tuple[QTensor, tuple[str, ...]] | No
     tensors.finite("weight", scale)
     bits = 8 if kind == "Q8_0" else 4
     w = int_weight(
-        to_storage(jnp.asarray(codes), bits),
-        jnp.array(scale),
-        None if zero is None else jnp.array(zero),
+        Bytes(codes),
+        scale,
+        zero,
         bits=bits,
-        k=codes.shape[1],
         groups=Groups(GROUP),
     )
     return w, tuple(tensors.names)

@@ -10,13 +10,12 @@
 Sources: ModelCloud/GPTQModel `nn_modules/qlinear/__init__.py`, `utils/model.py`, `quantization/config.py`.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.checkpoints.codes import WORD, repack_stream, to_zero_point, transposed, unpack_stream
+from qjax.checkpoints.codes import WORD, Stream, every
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.checkpoints.grouped import group_count, groups_of, int_weight, without_middle
+from qjax.checkpoints.packed import to_zero_point
 from qjax.checkpoints.source import SCALES, ModuleTensors, Settings, Source, matches
 from qjax.errors import CheckpointError
 from qjax.qtensor import QTensor
@@ -25,6 +24,7 @@ BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
 INTEGERS = ("int32", "uint32")
 CODE_TENSOR = "qweight"
+GROUP_SIZE = 128  # of a config that has none, as transformers' `GPTQConfig`
 
 # Names that configs had before these.
 ALIASES = {"w_bit": "bits", "q_group_size": "group_size", "format": "checkpoint_format"}
@@ -69,9 +69,15 @@ def _renamed(settings: Settings) -> Settings:
 
 def _check(settings: Settings) -> None:
     settings.one_of("checkpoint_format", VERSIONS, "gptq")
-    settings.one_of("bits", BITS)
-    settings.group_size()
+    _bits(settings)
+    settings.group_size(GROUP_SIZE)
     settings.flag("sym", True)
+    settings.flag("desc_act")
+
+
+def _bits(settings: Settings) -> int:
+    bits: int = settings.one_of("bits", BITS)
+    return bits
 
 
 def _overrides(settings: Settings) -> dict[str, Settings | None]:
@@ -99,20 +105,21 @@ def _settings_of(prefix: str, settings: Settings, overrides: dict[str, Settings 
 
 
 def _weight(tensors: ModuleTensors, settings: Settings) -> QTensor:
-    bits, size = settings.get("bits"), settings.group_size()
+    bits, size = _bits(settings), settings.group_size(GROUP_SIZE)
     rows, n = _rows_and_columns(tensors, bits)
     k = rows * WORD // bits
     qweight = tensors.take("qweight", INTEGERS, (rows, n))
-    groups = groups_of(tensors, "g_idx", k, size)
+    act_order = f"{settings.where}: desc_act=true" if settings.flag("desc_act") else None
+    groups = groups_of(tensors, "g_idx", k, size, act_order=act_order)
     count = group_count(k, size)
     note = f"for K={k} in groups of {size or k}"
     scales = tensors.take("scales", SCALES, (count, n), note=_group_note(tensors, k, note))
     zeros = tensors.take("qzeros", INTEGERS, (count, n * bits // WORD), note=note)
-    zero_point = _zero_points(zeros.view(np.uint32), n, settings)
+    zero_point: np.ndarray | None = _zero_points(zeros.view(np.uint32), n, settings)
     if settings.flag("sym", True):
         zero_point = without_middle(zero_point, bits)
-    packed = repack_stream(transposed(qweight), bits, k, order=groups.order)
-    return int_weight(packed, jnp.array(scales.T), zero_point, bits=bits, k=k, groups=groups)
+    codes = Stream(qweight.view(np.uint32).T, bits, k)
+    return int_weight(codes, scales.T, zero_point, bits=bits, groups=groups)
 
 
 def _rows_and_columns(tensors: ModuleTensors, bits: int) -> tuple[int, int]:
@@ -141,17 +148,17 @@ def _group_note(tensors: ModuleTensors, k: int, note: str) -> str:
     return note
 
 
-def _zero_points(words: np.ndarray, n: int, settings: Settings) -> jax.Array | None:
+def _zero_points(words: np.ndarray, n: int, settings: Settings) -> np.ndarray:
     """uint32 `[G, N*b/32]` -> int8 `[N, G]`.
 
     Version 1 took one from whole words, so that a field borrowed from the next; adding one to whole words gives it
     back. Fields of 3 bits straddle words, and were changed one by one.
     """
-    bits = settings.get("bits")
+    bits = _bits(settings)
     first = settings.get("checkpoint_format", "gptq") == "gptq"
     if first and WORD % bits == 0:
         words = words + np.uint32((2**WORD - 1) // (2**bits - 1))
-    fields = unpack_stream(jnp.asarray(words), bits, n)
+    fields = every(Stream(words, bits, n))
     if first and WORD % bits:
-        fields = (fields + 1) & (2**bits - 1)
-    return to_zero_point(fields.T, bits)
+        fields = (fields + np.uint8(1)) & np.uint8(2**bits - 1)
+    return to_zero_point(fields, bits)

@@ -15,16 +15,15 @@ Sources: mobiusml/hqq `hqq/core/{quantize,bitpack,utils}.py`.
 
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.checkpoints.codes import to_storage
+from qjax.checkpoints.codes import Bytes
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.checkpoints.grouped import int_scheme
+from qjax.checkpoints.packed import Packed, host_tensor
 from qjax.checkpoints.source import SCALES, ModuleTensors, Settings, Source
 from qjax.errors import CheckpointError
-from qjax.qtensor import QTensor, k_pieces
+from qjax.qtensor import QTensor
 
 # nbits -> (codes a word, bits a code takes in it, dtype of the words).
 PACKINGS = {
@@ -99,12 +98,12 @@ def _weight(tensors: ModuleTensors) -> QTensor:
         group = np.arange(n * k) % columns
     stored = max(bits, 2)
     scheme = int_scheme(stored, block, symmetric=False, scale_dtype=scale.dtype.name)
-    return QTensor(
-        to_storage(codes, stored),
-        jnp.array(scale[group].reshape(n, -1)),
-        jnp.array(_zero_point(zero, stored)[group].reshape(n, -1)),
+    return host_tensor(
+        Packed(Bytes(codes), stored),
+        scale[group].reshape(n, -1),
+        _zero_point(zero, stored)[group].reshape(n, -1),
         scheme=scheme,
-        k_piece=k_pieces(k, stored, 1),
+        k=k,
     )
 
 
@@ -115,15 +114,15 @@ def _number(tensors: ModuleTensors, name: str, allowed: tuple[int, ...]) -> int:
     return value
 
 
-def _codes(tensors: ModuleTensors, bits: int, rows: int, columns: int) -> jax.Array:
+def _codes(tensors: ModuleTensors, bits: int, rows: int, columns: int) -> np.ndarray:
     """The codes of the matrix, uint8 `[rows, columns]`; rows that fill up the last slab are dropped."""
     each, width, dtype = PACKINGS[bits]
     slab = -(-rows // each)
     packed = tensors.take(CODE_TENSOR, (dtype,), (slab, columns), note=f"for {rows} rows of {bits}-bit codes")
-    words = jnp.asarray(packed.view(f"u{packed.itemsize}"))
-    shifts = width * jnp.arange(each - 1, -1, -1, dtype=words.dtype)
-    codes = (words >> shifts[:, None, None]) & (2**width - 1)
-    return codes.astype(jnp.uint8).reshape(-1, columns)[:rows]
+    words = packed.view(f"u{packed.itemsize}")
+    shifts = (width * np.arange(each - 1, -1, -1)).astype(words.dtype)
+    codes = (words >> shifts[:, None, None]) & words.dtype.type(2**width - 1)
+    return codes.astype(np.uint8).reshape(-1, columns)[:rows]
 
 
 def _zero_point(zero: np.ndarray, bits: int) -> np.ndarray:

@@ -5,10 +5,10 @@ formats: activations as asked, every array checked, then placed.
 """
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, PartitionSpec
@@ -17,7 +17,9 @@ from jax.typing import DTypeLike
 from qjax import devices, sharding
 from qjax.checkpoints import detect, native
 from qjax.checkpoints.activations import CHOICES, with_activations
+from qjax.checkpoints.buffers import placed
 from qjax.checkpoints.files import CheckpointFiles
+from qjax.checkpoints.finite import count_bad
 from qjax.checkpoints.fit import fitted
 from qjax.checkpoints.hub import local_folder
 from qjax.checkpoints.source import Source
@@ -69,7 +71,7 @@ def load(
         dtype = devices.compute_dtype(devices.current())
     ignored = () if opened is None else opened.beside
     model = load_llama(files, dtype=dtype, mesh=mesh, reader=reader, ignored=ignored)
-    model.notes = () if opened is None else opened.notes
+    model.notes = (*(() if opened is None else opened.notes), *model.notes)
     return model
 
 
@@ -96,20 +98,20 @@ def _layer_reader(files: CheckpointFiles, opened: Source, activations: str, mesh
             return dense(prefix)
         kernel, names = found
         bias = f"{prefix}.bias"
-        unknown = [name for name in files if name.startswith(f"{prefix}.") and name not in (*names, bias)]
+        others = (name for name in files if name.startswith(f"{prefix}.") and name not in (*names, bias))
+        unknown = [name for name in others if not any(re.fullmatch(known, name) for known in opened.beside)]
         if unknown:
             raise CheckpointError(f"{files.path}: unexpected {', '.join(unknown)}; {prefix} is {', '.join(names)}")
         where = f"{files.path}: {prefix}.weight"
         kernel = checked(with_activations(kernel, activations, where), where)
-        if mesh is not None:
-            kernel = _placed(kernel, prefix, mesh, where, opened)
+        kernel = on_device(kernel) if mesh is None else _on_mesh(kernel, prefix, mesh, where, opened)
         return LayerWeights(kernel, files[bias] if bias in files else None)
 
     return read
 
 
 def checked(w: QTensor, where: str) -> QTensor:
-    """A QTensor as a file has it, on the device, if it is a right one.
+    """A QTensor as a reader gives it, if it is a right one: arrays of the host, or those that are still to be made.
 
     Raises:
       CheckpointError: arrays that disagree in shape or dtype; NaN or infinity in one; a static scale of x that is
@@ -125,27 +127,27 @@ def checked(w: QTensor, where: str) -> QTensor:
         order = np.sort(np.asarray(w.input_perm), axis=-1)
         if not np.array_equal(order, np.broadcast_to(np.arange(w.in_features), order.shape)):
             raise CheckpointError(f"{where}.input_perm is no permutation of 0 to {w.in_features - 1}")
-    # Copied: a CPU would go on using the mapped file, and whatever becomes of it.
-    w = jax.tree.map(lambda array: jnp.array(array) if isinstance(array, np.ndarray) else array, w)
     for field, array in native.to_arrays(w, where).items():
-        if jnp.issubdtype(array.dtype, jnp.floating) and (bad := int(_count_bad(array))):
+        if isinstance(array, np.ndarray) and (bad := count_bad(array)):
             raise CheckpointError(f"{field}: {bad} of {array.size} values are NaN or infinite")
     return w
 
 
-@jax.jit
-def _count_bad(array: jax.Array) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(array.astype(jnp.float32)))
+def on_device(w: QTensor) -> QTensor:
+    """A checked QTensor on the default device."""
+    made: QTensor = jax.tree.map(placed, w)
+    return made
 
 
-def _placed(w: QTensor, prefix: str, mesh: Mesh, where: str, opened: Source) -> QTensor:
+def _on_mesh(w: QTensor, prefix: str, mesh: Mesh, where: str, opened: Source) -> QTensor:
     from qjax.models.llama_weights import partition_spec
 
-    path = prefix.removeprefix("model.")
-    spec: Any = partition_spec(path, mesh)
-    if path == "embed_tokens":  # partitioned as [vocabulary, features]; its kernel is the transpose
+    name = prefix.rpartition(".")[2]
+    spec: Any = partition_spec(name if name in ("embed_tokens", "lm_head") else prefix, mesh)
+    if name == "embed_tokens":  # partitioned as [vocabulary, features]; its kernel is the transpose
         spec = PartitionSpec(*reversed(spec))
     if not opened.ours:
         k, n = (1 if axis is None else mesh.shape[axis] for axis in spec)
         w = fitted(w, {"n": n, "k": k})
-    return sharding.shard(w, mesh, spec, where=where)
+    made: QTensor = jax.tree.map(placed, w, sharding.shardings(w, mesh, spec, where=where))
+    return made

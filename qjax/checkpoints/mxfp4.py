@@ -11,14 +11,14 @@ and `.scales`. A weight here is a stack over experts, `[E, K, N]`.
 Sources: openai/gpt-oss `torch/weights.py`; huggingface/transformers `integrations/mxfp4.py`; OCP MX 1.0, section 5.3.
 """
 
-import jax.numpy as jnp
 import ml_dtypes
 
-from qjax.checkpoints.codes import as_words, repack_stream
+from qjax.checkpoints.codes import Stream, as_words
 from qjax.checkpoints.files import CheckpointFiles
+from qjax.checkpoints.packed import Packed, host_tensor
 from qjax.checkpoints.source import ModuleTensors, Settings, Source
 from qjax.errors import CheckpointError
-from qjax.qtensor import QTensor, k_pieces
+from qjax.qtensor import QTensor
 from qjax.schemes import MXFP4
 
 BLOCK = 32
@@ -51,7 +51,6 @@ def _weight(tensors: ModuleTensors) -> QTensor:
     k = count * BLOCK
     scale = tensors.take("scales", ("uint8",), (*stack, n, count), note="as the blocks").view(ml_dtypes.float8_e8m0fnu)
     tensors.finite("scales", scale)
-    words = jnp.asarray(as_words(blocks.reshape(-1, k // 2)))
-    packed = repack_stream(words, 4, k)
-    packed = packed.reshape(*stack, n, *packed.shape[1:])
-    return QTensor(packed, jnp.array(scale), scheme=MXFP4(), k_piece=k_pieces(k, 4, 1))
+    packed = Packed(Stream(as_words(blocks.reshape(-1, k // 2)), 4, k), 4)
+    made = packed[(slice(None),) * 3].reshape(*stack, n, *packed.shape[1:])
+    return host_tensor(made, scale, scheme=MXFP4(), k=k)

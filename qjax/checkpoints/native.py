@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from qjax.checkpoints.files import CheckpointFiles
-from qjax.checkpoints.source import TensorReader
+from qjax.checkpoints.source import Settings, TensorReader
 from qjax.errors import CheckpointError, SchemeError
 from qjax.qtensor import QTensor
 from qjax.scheme_json import scheme_from_dict, scheme_to_dict
@@ -58,18 +58,17 @@ def config(tensors: Mapping[str, QTensor]) -> dict[str, Any]:
     return {"quant_method": METHOD, "version": VERSION, "tensors": records}
 
 
-def reader(files: CheckpointFiles) -> TensorReader:
+def reader(files: CheckpointFiles, settings: Settings) -> TensorReader:
     """Reads the weights of a folder in this format.
 
     Raises:
       CheckpointError: another version; a record that is malformed, or one of a weight that the folder has not; from the
         reader itself, an array that is missing.
     """
-    where = f"{files.path}/config.json: quantization_config"
-    given = files.config["quantization_config"]
-    if given.get("version") != VERSION:
-        raise CheckpointError(f"{where}: version={given.get('version')!r}; this QJAX reads {VERSION}")
-    records = given.get("tensors")
+    where = settings.where
+    if settings.get("version") != VERSION:
+        raise CheckpointError(f"{where}: version={settings.get('version')!r}; this QJAX reads {VERSION}")
+    records = settings.get("tensors")
     if not isinstance(records, dict):
         raise CheckpointError(f"{where}: tensors is {type(records).__name__}; expected an object")
     for module in records:

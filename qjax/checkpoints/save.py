@@ -97,20 +97,22 @@ def _variables(model: Any) -> Iterator[tuple[str, str, Any]]:
     from flax import nnx
 
     from qjax.models.llama import Llama
-    from qjax.models.llama_weights import tensor_prefix
+    from qjax.models.tensor_names import TensorNames
 
     if not isinstance(model, Llama):
         raise CheckpointError(f"save takes a qjax.models.Llama, whose tensors have names; got {type(model).__name__}")
     for path, module in nnx.iter_modules(model):
         for name, variable in vars(module).items():
             if isinstance(variable, nnx.Variable):
-                yield tensor_prefix(".".join(map(str, path))), name, variable.get_value()
+                yield TensorNames().prefix(".".join(map(str, path))), name, variable.get_value()
 
 
 def _beside(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The config of a folder or GGUF file, and the files of a folder that go along."""
+    """The config of a folder's text model or of a GGUF file, and the files of a folder that go along."""
+    from qjax.models.tensor_names import text_config
+
     if not source.is_dir() and source.suffix == gguf.SUFFIX:
         return gguf.open_file(source)[0].config, {}
     names = (file for file in sorted(source.iterdir()) if file.is_file())
     carried = {file.name: file.read_bytes() for file in names if any(fnmatch(file.name, p) for p in CARRIED)}
-    return read_json(source / CONFIG), carried
+    return text_config(read_json(source / CONFIG)), carried

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from qjax.checkpoints.files import CheckpointFiles
+from qjax.checkpoints.finite import count_bad
 from qjax.errors import CheckpointError
 from qjax.qtensor import QTensor
 
@@ -68,9 +69,11 @@ class Settings:
         return CheckpointError(f"{self.where}: {key}={self.values[key]!r}; expected {expected}")
 
     def one_of(self, key: str, allowed: Iterable[Any], default: Any = None) -> Any:
-        """A value among those allowed, of the same type."""
+        """A value among those allowed, of the same type; an integer may be a string of digits."""
         allowed = tuple(allowed)
         value = self.get(key, default)
+        if any(type(other) is int for other in allowed):
+            value = _integer(value)
         if not any(type(value) is type(other) and value == other for other in allowed):
             raise self.error(key, f"one of {', '.join(map(str, allowed))}")
         return value
@@ -84,14 +87,15 @@ class Settings:
 
     def count(self, key: str, default: int | None = None) -> int:
         """A positive integer."""
-        value = self.get(key, default)
+        value = _integer(self.get(key, default))
         if type(value) is not int or not 0 < value <= LARGEST:
             raise self.error(key, "a positive integer")
         return value
 
-    def group_size(self, key: str = "group_size") -> int | None:
+    def group_size(self, default: int | None = None) -> int | None:
         """Elements of K that share a scale; None (-1 in the file) is all of them."""
-        value = self.get(key)
+        key = "group_size"
+        value = _integer(self.get(key, default))
         if value == -1 and type(value) is int:
             return None
         if type(value) is not int or not 0 < value <= LARGEST:
@@ -117,6 +121,13 @@ class Settings:
     def but(self, **changes: Any) -> "Settings":
         """The same with other values."""
         return Settings({**self.values, **changes}, self.where)
+
+
+def _integer(value: Any) -> Any:
+    """A string of digits as the number that it says, as some writers have them; all else as it is."""
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,10}", value):
+        return int(value)
+    return value
 
 
 def matches(pattern: str, name: str, where: str) -> bool:
@@ -194,5 +205,5 @@ class ModuleTensors:
 
     def finite(self, suffix: str, array: np.ndarray) -> None:
         """Refuses NaN and infinity."""
-        if bad := int(array.size - np.count_nonzero(np.isfinite(array.astype(np.float32)))):
+        if bad := count_bad(array):
             raise CheckpointError(f"{self.where(suffix)}: {bad} of {array.size} values are NaN or infinite")

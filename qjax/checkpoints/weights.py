@@ -5,7 +5,7 @@ import os
 from qjax.checkpoints.detect import source
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.checkpoints.hub import local_folder
-from qjax.checkpoints.load import checked
+from qjax.checkpoints.load import checked, on_device
 from qjax.errors import CheckpointError
 from qjax.qtensor import QTensor
 
@@ -33,5 +33,5 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, QTensor]:
     for module in sorted(modules):
         read = opened.read(module)
         if read is not None:
-            found[module] = checked(read[0], f"{files.path}: {module}.weight")
+            found[module] = on_device(checked(read[0], f"{files.path}: {module}.weight"))
     return found

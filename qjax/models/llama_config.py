@@ -15,6 +15,7 @@ import jax
 
 from qjax.errors import CheckpointError
 from qjax.models.rope import INVERSE_FREQUENCIES, Rope
+from qjax.models.tensor_names import text_config
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -52,6 +53,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 256,
         "rope_theta": 1000000.0,
         "rope_local_base_freq": 10000.0,
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
         "sliding_window": 4096,
         "sliding_window_pattern": 6,
         "tie_word_embeddings": True,
@@ -130,7 +135,7 @@ class LlamaConfig:
         *,
         where: str = "config.json",
     ) -> "LlamaConfig":
-        """Read a Hugging Face config; `where` names it in errors.
+        """Read a Hugging Face config, of a model that also sees its text part; `where` names it in errors.
 
         `generation_config` (generation_config.json) has the last word on the tokens that end a
         text, as in transformers.
@@ -139,9 +144,10 @@ class LlamaConfig:
           CheckpointError: a key is missing or has a value that no such model can have.
           NotImplementedError: another model type, activation or rope scaling.
         """
+        config = text_config(config)
         keys = _Keys(config, where)
         model_type = keys.choice("model_type", tuple(FAMILIES))
-        keys = _Keys(FAMILIES[model_type] | dict(config), where)
+        keys = _Keys(FAMILIES[model_type] | config, where)
         heads = keys.count("num_attention_heads")
         hidden_size = keys.count("hidden_size")
         layers = keys.count("num_hidden_layers")

@@ -17,17 +17,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from qjax.checkpoints.buffers import placed
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.errors import CheckpointError, ShardingError
 from qjax.models.llama import Llama, RMSNorm
 from qjax.models.llama_config import LlamaConfig
+from qjax.models.tensor_names import VISION, TensorNames, names_in, text_config, vision_tensors
 from qjax.progress import track
 from qjax.qtensor import QTensor
 
 FLOATS = ("float32", "float16", "bfloat16")
 
 # Tensors that are computed here, whatever the file says.
-COMPUTED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+COMPUTED = (r"(.*\.)?rotary_emb\.inv_freq",)
 
 # Module path -> the mesh axes that cut its kernel [in, out], or embedding [vocabulary, features].
 # Only axes that the mesh has apply.
@@ -104,9 +106,13 @@ def load_llama(
     read = dense_reader(files) if reader is None else reader
     model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
     leaves = list(_leaf_modules(model))
-    _check_names(files, leaves, config, ignored)
+    names = names_in(files)
+    if vision := vision_tensors(files) if "text_config" in files.config else []:
+        model.notes = (f"{len(vision)} tensors of {vision[0].rpartition('.')[0]} and others: text alone is read",)
+        ignored = (*ignored, VISION)
+    _check_names(files, {names.prefix(path) for _, _, path, _ in leaves}, names, config, ignored)
     for parent, attribute, path, module in track(leaves, "loading"):
-        prefix = tensor_prefix(path)
+        prefix = names.prefix(path)
         where = f"{files.path}: {prefix}"
         if isinstance(module, RMSNorm):
             weight = _floats(files, f"{prefix}.weight")
@@ -121,14 +127,9 @@ def load_llama(
 
 def _check_layers(files: CheckpointFiles, where: str) -> None:
     """Refuses a number of layers that the file cannot hold, before anything of that length is made."""
-    layers = files.config.get("num_hidden_layers")
+    layers = text_config(files.config).get("num_hidden_layers")
     if type(layers) is int and layers > len(files):
         raise CheckpointError(f"{where}: num_hidden_layers={layers}, and the folder has {len(files)} tensors")
-
-
-def tensor_prefix(path: str) -> str:
-    """The name in the file of the module at `path`, such as "layers.0.mlp.up_proj"."""
-    return path if path == "lm_head" else f"model.{path}"
 
 
 def partition_spec(path: str, mesh: Mesh) -> PartitionSpec:
@@ -146,13 +147,13 @@ def _leaf_modules(model: Llama) -> Iterator[Leaf]:
 
 def _check_names(
     files: CheckpointFiles,
-    leaves: list[Leaf],
+    prefixes: set[str],
+    names: TensorNames,
     config: LlamaConfig,
     ignored: Iterable[str],
 ) -> None:
     """Refuse tensors that belong to no module: dropping weights would be a silent wrong answer."""
-    prefixes = {tensor_prefix(path) for _, _, path, _ in leaves}
-    tied = (r"lm_head\.weight",) if config.tie_word_embeddings else ()
+    tied = (re.escape(f"{names.head}.weight"),) if config.tie_word_embeddings else ()
     known = re.compile("|".join((*COMPUTED, *tied, *ignored)))
 
     def belongs(name: str) -> bool:
@@ -235,11 +236,11 @@ def _quantized_module(module: nnx.Linear | nnx.Embed, kernel: QTensor, bias: jax
 
 def _place(array: np.ndarray, mesh: Mesh | None, spec: PartitionSpec, where: str) -> jax.Array:
     if mesh is None:
-        return jnp.array(array)
+        return placed(array)
     for size, axis in zip(array.shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ShardingError(
                 f"{where}: shape {list(array.shape)}: {size} cannot be cut into "
                 f"{mesh.shape[axis]} equal parts over mesh axis {axis!r}"
             )
-    return jax.device_put(np.ascontiguousarray(array), NamedSharding(mesh, spec))
+    return placed(array, NamedSharding(mesh, spec))

@@ -12,6 +12,7 @@ import pytest
 from qjax.checkpoints.compressed_tensors_weights import WEIGHTS
 from qjax.checkpoints.detect import source
 from qjax.checkpoints.files import CheckpointFiles
+from qjax.checkpoints.load import on_device
 from qjax.checkpoints.source import Source
 from qjax.checkpoints.write import write_folder
 from qjax.errors import CheckpointError
@@ -35,7 +36,7 @@ def opened(folder: Path, modules: dict[str, foreign.Foreign], config: Any, **bes
 def weight(found: Source, module: str) -> np.ndarray:
     read = found.read(module)
     assert read is not None
-    return np.asarray(read[0].dequantize(jnp.float32)).T
+    return np.asarray(on_device(read[0]).dequantize(jnp.float32)).T
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from qjax.checkpoints.detect import source
 from qjax.checkpoints.files import CheckpointFiles
-from qjax.checkpoints.load import checked
+from qjax.checkpoints.load import checked, on_device
 from qjax.qtensor import QTensor
 
 CASES: dict[str, tuple[Callable[..., foreign.Foreign], dict[str, Any]]] = {
@@ -89,7 +89,7 @@ def read(folder: Path) -> QTensor:
     assert opened is not None
     found = opened.read(foreign.MODULE)
     assert found is not None
-    return checked(found[0], foreign.MODULE)
+    return on_device(checked(found[0], foreign.MODULE))
 
 
 @pytest.mark.parametrize(("make", "options"), CASES.values(), ids=CASES)

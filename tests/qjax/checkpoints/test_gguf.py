@@ -13,6 +13,7 @@ from qjax.checkpoints.weights import read_weights
 from qjax.cli.main import main
 from qjax.errors import CheckpointError
 from qjax.explain import layers
+from qjax.models.rope import angles
 from qjax.qtensor import is_qtensor
 
 gguf = pytest.importorskip("gguf", reason="reading GGUF needs the package gguf")
@@ -69,6 +70,8 @@ def write(path: Path, kind: str, **settings: Any) -> dict[str, np.ndarray]:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(10000.0)
+    if (divisors := settings.pop("add_rope_freqs", None)) is not None:
+        writer.add_tensor("rope_freqs.weight", divisors)
     for key, value in settings.items():
         getattr(writer, key)(value)
     for name in files:
@@ -134,3 +137,16 @@ def test_what_is_no_llama_or_no_file_of_the_kind_is_refused(tmp_path: Path) -> N
         qjax.load(tmp_path / "short.gguf")
     with pytest.raises(CheckpointError, match=r"none\.gguf: cannot be read"):
         qjax.load(tmp_path / "none.gguf")
+
+
+def test_frequencies_that_are_divided_turn_queries_and_keys_more_slowly(tmp_path: Path) -> None:
+    divisors = np.array([1, 1, 2, 8] * 4, np.float32)
+    write(tmp_path / "model.gguf", "Q8_0", add_rope_freqs=divisors)
+    write(tmp_path / "plain.gguf", "Q8_0")
+    model, plain = qjax.load(tmp_path / "model.gguf"), qjax.load(tmp_path / "plain.gguf")
+    positions = jnp.arange(6)[None]
+    found, usual = (np.arctan2(*angles(m.config.rope, positions)[::-1]) for m in (model, plain))
+    np.testing.assert_allclose(found[0, 1], usual[0, 1] / divisors, rtol=1e-6)
+    write(tmp_path / "scaled.gguf", "Q8_0", add_rope_scaling_type=gguf.RopeScalingType.YARN)
+    with pytest.raises(NotImplementedError, match="llama.rope.scaling.type='yarn'"):
+        qjax.load(tmp_path / "scaled.gguf")

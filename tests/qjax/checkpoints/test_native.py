@@ -13,7 +13,7 @@ import pytest
 
 import qjax
 from qjax.checkpoints import CheckpointFiles, native, write_folder
-from qjax.checkpoints.load import checked
+from qjax.checkpoints.load import checked, on_device
 from qjax.errors import CheckpointError
 from qjax.qtensor import QTensor, concat_rows
 
@@ -59,7 +59,7 @@ def read(path: Path, module: str) -> QTensor:
     assert found is not None
     w, names = found
     assert set(names) == set(native.to_arrays(w, f"{module}.weight"))
-    return checked(w, module)
+    return on_device(checked(w, module))
 
 
 def assert_same(got: QTensor, expected: QTensor) -> None:

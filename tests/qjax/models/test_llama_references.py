@@ -12,6 +12,7 @@ from flax import nnx
 
 from qjax.checkpoints import CheckpointFiles, write_folder
 from qjax.models import Llama, load_llama
+from qjax.models.llama_config import LlamaConfig
 
 DATA = Path(__file__).parents[2] / "data"
 CASES = json.loads((DATA / "llama_references.json").read_text())["cases"]
@@ -62,6 +63,28 @@ class ReferenceTest(parameterized.TestCase):
             del config["layer_types"]  # every sixth layer sees all
         logits = forward(self.load(case, config), ARRAYS[f"{case}/ids40"])
         np.testing.assert_allclose(shown(logits), ARRAYS[f"{case}/logits40"], atol=1e-4, rtol=0)
+
+    @parameterized.product(case=("gemma3", "llama"), root=("language_model.model.", "model.language_model."))
+    def test_the_text_part_of_a_model_that_sees_is_read_alone(self, case, root):
+        files = write_reference(self.folder, case)
+        tensors = {root + name.removeprefix("model."): np.array(files[name]) for name in files}
+        tensors |= {"vision_tower.patch.weight": np.ones((2, 2)), "multi_modal_projector.norm.weight": np.ones(2)}
+        head = "language_model.lm_head." if root.endswith(".model.") else "lm_head."
+        tensors = {name.replace(f"{root}lm_head.", head): array for name, array in tensors.items()}
+        config = {"model_type": "gemma3", "text_config": files.config, "vision_config": {"hidden_size": 2}}
+        write_folder(self.folder, tensors=tensors, config=config, overwrite=True)
+        model = load_llama(CheckpointFiles.open(self.folder), dtype=jnp.float32)
+        logits = forward(model, ARRAYS[f"{case}/ids40"])
+        np.testing.assert_allclose(shown(logits), ARRAYS[f"{case}/logits40"], atol=1e-4, rtol=0)
+        assert model.notes == ("2 tensors of multi_modal_projector.norm and others: text alone is read",)
+
+    def test_what_the_config_of_a_gemma_that_sees_leaves_out_is_as_in_transformers(self):
+        text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+        text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+        config = LlamaConfig.from_hf({"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]})
+        shape = (config.vocab_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        assert shape == (262208, 8, 4, 256) and config.eos_token_ids == (1, 106) and config.tie_word_embeddings
+        assert config.sliding_windows[4:7] == (1024, None, 1024) and config.rope.factor == 8
 
     @parameterized.parameters("llama_llama3", "llama_yarn_mscale", "llama_dynamic")
     def test_an_older_config_states_the_same_scaling_in_rope_scaling(self, case):

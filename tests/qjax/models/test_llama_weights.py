@@ -237,7 +237,7 @@ class LoadTest(parameterized.TestCase):
         with self.assertRaisesRegex(ShardingError, "mlp.*20 cannot be cut into 8 .* 'model'"):
             load_llama(self.files(), mesh=mesh)
 
-    def test_host_memory_holds_one_tensor_at_a_time(self):
+    def test_host_memory_holds_the_model_and_no_copy_of_a_tensor(self):
         self.tensors["lm_head.weight"] = np.zeros((50_000, 16), np.float16)
         self.tensors["model.embed_tokens.weight"] = np.zeros((50_000, 16), np.float16)
         files = self.files(vocab_size=50_000)
@@ -246,4 +246,5 @@ class LoadTest(parameterized.TestCase):
         load_llama(files)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        self.assertLess(peak, 1.5 * self.tensors["lm_head.weight"].nbytes)
+        # A CPU's model is memory of the host: two large tensors, and half of one for all else.
+        self.assertLess(peak, 2.5 * self.tensors["lm_head.weight"].nbytes)

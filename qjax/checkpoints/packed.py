@@ -1,0 +1,122 @@
+"""`QTensor.packed` of a file's codes, not there yet: any rows and blocks of it are made when they are asked for."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qjax.checkpoints.buffers import empty, in_parallel
+from qjax.checkpoints.codes import Codes
+from qjax.host_layouts import pack_codes
+from qjax.layouts import BLOCK, padded
+from qjax.qtensor import QTensor, k_pieces
+from qjax.schemes import Scheme
+
+
+def storage_bits(bits: int) -> int:
+    """Bits of the format that holds codes of `bits`: 7 are held in 8."""
+    return 8 if bits == 7 else bits
+
+
+def to_zero_point(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned codes -> int8 in the domain of stored ones: as they are below 7 bits, else minus `2^(bits-1)`."""
+    middle = 2 ** (bits - 1) if bits >= 7 else 0
+    return (codes - np.uint8(middle)).view(np.int8)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Words uint32 `[N, blocks, 4 * bits]`, or int8 `[N, K]` of 7 and 8 bits.
+
+    Attributes:
+      codes: unsigned.
+      bits: of a code in the file.
+      pieces: equal parts of K, each padded to whole blocks on its own.
+    """
+
+    codes: Codes
+    bits: int
+    pieces: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole, padding too."""
+        n, k = self.codes.shape
+        return (n, k) if self.bits >= 7 else (n, self.pieces * self._piece_blocks, 4 * self.bits)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint32 or int8."""
+        return np.dtype(np.int8 if self.bits >= 7 else np.uint32)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def _piece(self) -> int:
+        return self.codes.shape[1] // self.pieces
+
+    @property
+    def _piece_blocks(self) -> int:
+        return padded(self._piece) // BLOCK
+
+    def cut(self, pieces: int) -> "Packed":
+        """The same in another number of pieces."""
+        return dataclasses.replace(self, pieces=pieces)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        n, columns = (range(size)[part] for size, part in zip(self.shape[:2], index[:2], strict=True))
+        fill = self._fill_bytes if self.bits >= 7 else self._fill_words
+        found = empty((len(n), len(columns), *self.shape[2:]), self.dtype)
+        height = self.codes.tile[0]
+
+        def rows(start: int) -> None:
+            fill(slice(start, min(start + height, n.stop)), columns, found[start - n.start : start - n.start + height])
+
+        in_parallel(rows, range(n.start, n.stop, height))
+        return found
+
+    def _fill_bytes(self, rows: slice, columns: range, out: np.ndarray) -> None:
+        width = self.codes.tile[1] * BLOCK
+        for start in range(columns.start, columns.stop, width):
+            codes = self.codes.columns(rows, slice(start, min(start + width, columns.stop)))
+            out[:, start - columns.start :][:, : len(codes)] = to_zero_point(codes, self.bits).T
+
+    def _fill_words(self, rows: slice, columns: range, out: np.ndarray) -> None:
+        """A tile at a time; none reaches over the end of a piece."""
+        block = columns.start
+        while block < columns.stop:
+            piece, within = divmod(block, self._piece_blocks)
+            count = min(self.codes.tile[1], columns.stop - block, self._piece_blocks - within)
+            start = piece * self._piece + within * BLOCK
+            ks = slice(start, min(start + count * BLOCK, (piece + 1) * self._piece))
+            self._fill_tile(rows, ks, out[:, block - columns.start :][:, :count])
+            block += count
+
+    def _fill_tile(self, rows: slice, ks: slice, out: np.ndarray) -> None:
+        """Whole blocks as they are, where they can be had so; the rest as bytes, zeros at the end."""
+        done = (ks.stop - ks.start) // BLOCK if self.codes.packs(rows, ks.start) else 0
+        if done:
+            self.codes.pack(rows, ks.start, out[:, :done])
+        if done < out.shape[1]:
+            codes = self.codes.columns(rows, slice(ks.start + done * BLOCK, ks.stop))
+            short = (out.shape[1] - done) * BLOCK - len(codes)
+            pack_codes(np.pad(codes, [(0, short), (0, 0)]) if short else codes, self.bits, out[:, done:])
+
+
+def host_tensor(packed: Any, scale: Any, zero_point: Any = None, *, scheme: Scheme, k: int, **arrays: Any) -> QTensor:
+    """A QTensor on its way to a device: `packed` is a `Packed` or of NumPy, `scale` a QTensor or of NumPy, as all else.
+
+    Args:
+      packed: the codes.
+      scale: of blocks.
+      zero_point: like `scale`.
+      scheme: what the arrays mean.
+      k: length of K.
+      **arrays: other fields of a QTensor.
+    """
+    return QTensor(packed, scale, zero_point, scheme=scheme, k_piece=k_pieces(k, scheme.bits, 1), **arrays)
