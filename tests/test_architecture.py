@@ -94,7 +94,7 @@ MAY_IMPORT = {
     "qjax.linen.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup", "flax"),
     "qjax.nnx.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress", "flax"),
     "qjax.checkpoints.*": Row(f"{TENSOR} qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"),
-    "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress", "flax tokenizers"),
+    "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress qjax.sharding", "flax tokenizers"),
     "qjax.bench.*": Row(
         f"qjax {PRODUCT} qjax.dispatch qjax.activations qjax.kernel_call qjax.lookup qjax.devices qjax.progress",
         "matplotlib",
