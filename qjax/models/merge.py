@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qjax.errors import QTensorError
 from qjax.nnx import QLinear
@@ -97,6 +97,7 @@ def _merge(linears: list[Any]) -> MergedLinear:
         whole = concat_rows(kernels, shares=shares)
         home = kernels[0].packed.sharding
         if isinstance(home, NamedSharding):
+            assert isinstance(home.mesh, Mesh), "arrays at hand lie on devices"
             n, k, *_ = (*home.spec, None, None)
             whole = jax.device_put(whole, shardings(whole, home.mesh, PartitionSpec(k, n)))
         return MergedLinear(
@@ -110,7 +111,7 @@ def _merge(linears: list[Any]) -> MergedLinear:
         )
     )  # fmt: skip
     linear.kernel.set_value(kernel)
-    if bias is not None:
+    if linear.bias is not None and bias is not None:
         linear.bias.set_value(bias)
     return MergedLinear(linear, sizes, shares)
 
