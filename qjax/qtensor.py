@@ -239,7 +239,7 @@ def validate_qtensor(w: QTensor, where: str = "QTensor") -> QTensor:
     return w
 
 
-def concat_rows(parts: Sequence[QTensor]) -> QTensor:
+def concat_rows(parts: Sequence[QTensor], *, shares: int = 1) -> QTensor:
     """Merges QTensors that meet the same x (q, k and v; gate and up) along N, without touching a code.
 
     Scales of a whole tensor, global ones too, become scales of rows; a missing zero point is filled in where another
@@ -247,6 +247,8 @@ def concat_rows(parts: Sequence[QTensor]) -> QTensor:
 
     Args:
       parts: of one scheme, K, dtype and stack; `[..., K, N_i]`.
+      shares: cuts every N_i into so many equal ranges, and the result holds the first ranges of all parts, then the
+        second ones: cut into as many, it gives each device its own range of every part.
 
     Returns:
       `[..., K, sum(N_i)]`.
@@ -256,6 +258,9 @@ def concat_rows(parts: Sequence[QTensor]) -> QTensor:
     """
     if not parts:
         raise QTensorError("concat_rows needs at least one part")
+    uneven = [part.out_features for part in parts if part.out_features % shares]
+    if uneven:
+        raise QTensorError(f"parts of N={uneven} have no {shares} equal shares")
     first = parts[0]
     for i, part in enumerate(parts):
         if (part.global_scale is None) != (first.global_scale is None):
@@ -267,18 +272,28 @@ def concat_rows(parts: Sequence[QTensor]) -> QTensor:
             mine, theirs = getattr(part, field), getattr(first, field)
             if mine is not theirs and (mine is None or theirs is None or not bool(jnp.array_equal(mine, theirs))):
                 raise QTensorError(f"part {i} differs from part 0 in {field}: they need different x")
-    return dataclasses.replace(first, **_merged(parts), out_shape=None, axes=None)
+    return dataclasses.replace(first, **_merged(parts, shares), out_shape=None, axes=None)
 
 
-def _merged(parts: Sequence[QTensor]) -> dict[str, Any]:
+def concat_shares(arrays: Sequence[jax.Array], *, axis: int, shares: int) -> jax.Array:
+    """Concatenates along an axis, share by share: of `shares` equal ranges the first of every array come first."""
+    if shares == 1:
+        return jnp.concatenate(arrays, axis)
+    cut = [a.reshape(*a.shape[:axis], shares, -1, *a.shape[axis + 1 :]) for a in arrays]
+    whole = jnp.concatenate(cut, axis + 1)
+    return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
+
+
+def _merged(parts: Sequence[QTensor], shares: int) -> dict[str, Any]:
     """The arrays of `concat_rows`, and the scheme where its block grows rows."""
     first = parts[0]
     scheme, axis = first.scheme, len(first.stack_shape)
-    cat = functools.partial(jnp.concatenate, axis=axis)
+    cat = functools.partial(concat_shares, axis=axis, shares=shares)
     if any(isinstance(p.scale, QTensor) for p in parts):
         raise QTensorError("parts with double-quantized scales cannot be merged: their blocks run over rows")
     block_n = scheme.block[0]
-    if block_n is not None and block_n > 1 and any(p.out_features % block_n for p in parts[:-1]):
+    ranges = [p.out_features // shares for p in (parts[:-1] if shares == 1 else parts)]
+    if block_n is not None and block_n > 1 and any(size % block_n for size in ranges):
         raise QTensorError(f"parts of N={[p.out_features for p in parts]} cut blocks of {block_n} rows")
 
     def by_row(part: QTensor, leaf: jax.Array) -> jax.Array:

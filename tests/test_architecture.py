@@ -101,7 +101,7 @@ MAY_IMPORT = {
     "qjax.checkpoints.*": Row(
         f"{TENSOR} qjax.host_layouts qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"
     ),
-    "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress", "flax tokenizers"),
+    "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress qjax.sharding", "flax tokenizers"),
     "qjax.bench.*": Row(
         f"qjax {PRODUCT} qjax.dispatch qjax.activations qjax.quantize_call qjax.kernel_call qjax.lookup qjax.devices "
         "qjax.progress",

@@ -25,7 +25,7 @@ from qjax.bench.cases import Case
 from qjax.bench.exact import compare, rows_of
 from qjax.bench.operands import Operands, product_of
 from qjax.bench.programs import FULL, Effort, Program, build, build_all, one_line
-from qjax.bench.records import KEY, Record, Results
+from qjax.bench.records import KEYS, Record, Results
 from qjax.bench.timing import Timing, kernel_times, time_program, warm_up
 from qjax.dispatch import roofline
 from qjax.dispatch.choose import Choice, choose
@@ -203,7 +203,7 @@ def _run_heat(
     after = time_program(baseline, runs).us
     of_dense = {"bf16_us": min(before, after), "bf16_drift": after / before - 1, "bf16_layout": baseline.name[-2:]}
     return [
-        Measured({**dict(zip(KEY, case.key, strict=True)), **fields}, program, baseline)
+        Measured({**dict(zip(KEYS["gemm"], case.key, strict=True)), **fields}, program, baseline)
         for entrant, program, timing in timed
         for fields in [_fields(entrant, program, timing, of_dense, operands, results)]
         for case in entrant.cases

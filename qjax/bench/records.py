@@ -1,7 +1,7 @@
-"""A file of measurements: the machine, the revision, and a record for each (op, scheme, backend, m, n, k).
+"""A file of measurements: the machine, the revision, and a record for each operation, scheme, backend and size.
 
 Written after every few records, aside and renamed, so that an interruption loses nothing, and read again to go on
-where it stopped. Records may have fields that are not known here, and `op`s and `backend`s of others.
+where it stopped. Records may have fields that are not known here, and `backend`s of others.
 """
 
 import datetime
@@ -14,15 +14,19 @@ from typing import Any
 from qjax.errors import QJaxError
 
 Record = dict[str, Any]
-Key = tuple[str, str, str, int, int, int]
+Key = tuple[Any, ...]
 
-KEY = ("op", "scheme", "backend", "m", "n", "k")
+# What a record is found by, for each `op`.
+KEYS = {
+    "gemm": ("op", "scheme", "backend", "m", "n", "k"),
+    "decode": ("op", "model", "scheme", "backend", "batch", "prompt", "gpus"),
+}
 SAME = ("device", "jax", "jaxlib")  # what measurements of one file have in common, besides the revision
 
 
 def key_of(record: Record) -> Key:
     """What a record is found by."""
-    return tuple(record[name] for name in KEY)
+    return tuple(record[name] for name in KEYS[record["op"]])
 
 
 class Results:
@@ -84,7 +88,7 @@ class Results:
 
     def fail(self, key: Key, error: str) -> None:
         """Notes that a record is missing, and why; it will be tried again by the next run."""
-        self._failures[key] = {**dict(zip(KEY, key, strict=True)), "error": error}
+        self._failures[key] = {**dict(zip(KEYS[key[0]], key, strict=True)), "error": error}
 
     def _write(self) -> None:
         if self._path is not None:
@@ -102,9 +106,14 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise QJaxError(f"{path}: is no JSON: {error}") from error
     known = isinstance(document, dict) and {"machine", "commit", "date", "records"} <= document.keys()
-    if not known or not all(isinstance(r, dict) and set(KEY) <= r.keys() for r in document["records"]):
-        raise QJaxError(f"{path}: has no machine, commit, date and records with {', '.join(KEY)}")
+    if not known or not all(isinstance(r, dict) and _has_key(r) for r in document["records"]):
+        fields = "; ".join(", ".join(names) for names in KEYS.values())
+        raise QJaxError(f"{path}: has no machine, commit, date and records with {fields}")
     return document
+
+
+def _has_key(record: Record) -> bool:
+    return record.get("op") in KEYS and record.keys() >= set(KEYS[record["op"]])
 
 
 def read_gemm(folder: Path) -> list[dict[str, Any]]:

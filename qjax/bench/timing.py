@@ -6,10 +6,11 @@ gaps between kernels that the first includes.
 
 import glob
 import os
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +98,34 @@ def busy_times(profile: Any, labels: Sequence[str]) -> list[float]:
     return [
         _covered((start, stop) for start, stop in kernels if first <= start < last) for first, last in windows.values()
     ]
+
+
+def kernels_of(run: Callable[[], Any], calls: int) -> list[dict[str, Any]]:
+    """What the kernels of one run take, those of one name together: name, launches and microseconds of a call.
+
+    Names lose the numbers that XLA ends them with. Empty where the profiler saw no kernel of the first GPU.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(run())
+        files = glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True)
+        if not files:
+            logging.warning("kernels are left out: the profiler wrote no trace")
+            return []
+        return count_kernels(jax.profiler.ProfileData.from_file(files[0]), calls)
+
+
+def count_kernels(profile: Any, calls: int) -> list[dict[str, Any]]:
+    """The same of a `jax.profiler.ProfileData`, the longest first."""
+    planes = sorted((p for p in profile.planes if p.name.startswith("/device:GPU")), key=lambda p: p.name)[:1]
+    streams = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
+    spent: dict[str, list[float]] = {}
+    for event in (event for line in streams for event in line.events):
+        spent.setdefault(re.sub(r"(_\d+)+$", "", event.name), []).append(event.duration_ns)
+    found = [{"name": n, "launches": len(t) / calls, "us": sum(t) / calls / 1e3} for n, t in spent.items()]
+    return sorted(found, key=lambda kernel: -kernel["us"])
 
 
 def _covered(intervals: Iterable[tuple[float, float]]) -> float:

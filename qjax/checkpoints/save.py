@@ -97,11 +97,15 @@ def _variables(model: Any) -> Iterator[tuple[str, str, Any]]:
     from flax import nnx
 
     from qjax.models.llama import Llama
+    from qjax.models.merge import MergedLinear
     from qjax.models.tensor_names import TensorNames
 
     if not isinstance(model, Llama):
         raise CheckpointError(f"save takes a qjax.models.Llama, whose tensors have names; got {type(model).__name__}")
     for path, module in nnx.iter_modules(model):
+        if isinstance(module, MergedLinear):
+            where = ".".join(map(str, path))
+            raise CheckpointError(f"{where}: is merged, and files hold its parts: save the model before `merge`")
         for name, variable in vars(module).items():
             if isinstance(variable, nnx.Variable):
                 yield TensorNames().prefix(".".join(map(str, path))), name, variable.get_value()

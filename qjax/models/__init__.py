@@ -7,6 +7,7 @@ from .llama_config import LlamaConfig as LlamaConfig
 from .llama_weights import LayerWeights as LayerWeights
 from .llama_weights import dense_reader as dense_reader
 from .llama_weights import load_llama as load_llama
+from .merge import merge as merge
 from .perplexity import Perplexity as Perplexity
 from .perplexity import perplexity as perplexity
 from .tokenizer import Tokenizer as Tokenizer

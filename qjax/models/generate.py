@@ -1,4 +1,4 @@
-"""Prompts -> new tokens: one jitted prefill, one jitted decode step, a host loop between them.
+"""Prompts -> new tokens: one jitted prefill, one jitted block of decode steps, a host loop over blocks.
 
 Prompts are padded on the right to a power of two and the cache is sized to one, so that few shapes
 are ever compiled. Rows are independent: each has its own length, positions and random numbers.
@@ -19,6 +19,9 @@ from qjax.models.kv_cache import KVCache
 from qjax.models.llama import Llama
 
 SMALLEST_BUCKET = 16
+# Steps that the device makes without the host, whose part of a step may be longer than the device's. The last block may
+# be longer than what was asked for: a few steps for nothing cost less than compiling a shorter block.
+BLOCK = 8
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +58,7 @@ def generate(
       top_p: of those, draw from the fewest whose probabilities reach `top_p`.
       stop_tokens: tokens that end a row, and are its last.
       seed: an int or a key of `jax.random`.
-      callback: called with (row, token) for each new token as soon as it is known.
+      callback: called with (row, token) for each new token, in blocks of up to eight.
 
     Returns:
       The new tokens of each row, without its prompt.
@@ -75,24 +78,26 @@ def generate(
     running = set(range(len(rows)))
     stops = frozenset(map(int, stop_tokens))
 
-    def emit(tokens: jax.Array) -> None:
-        for row, token in enumerate(np.asarray(tokens).tolist()):
-            if row in running:
-                outputs[row].append(token)
-                if callback is not None:
-                    callback(row, token)
-                if token in stops:
-                    running.discard(row)
+    def emit(block: jax.Array) -> None:
+        for tokens in np.asarray(block).tolist():
+            for row, token in enumerate(tokens):
+                if row in running:
+                    outputs[row].append(token)
+                    if callback is not None:
+                        callback(row, token)
+                    if token in stops:
+                        running.discard(row)
 
-    tokens, cache = prefill(definition, state, ids, positions, sampling, capacity=capacity)
-    for step in range(1, max_new_tokens):
+    first, cache = prefill(definition, state, ids, positions, sampling, capacity=capacity)
+    block, step = first[None], 1
+    while step < max_new_tokens:
         # Dispatched before the host waits for the tokens it continues: the device never idles.
-        ahead, cache = decode(definition, state, tokens, cache, sampling, step)
-        emit(tokens)
+        ahead, cache = decode(definition, state, block[-1], cache, sampling, step, count=BLOCK)
+        emit(block)
         if not running:
             return outputs
-        tokens = ahead
-    emit(tokens)
+        block, step = ahead, step + BLOCK
+    emit(block[: len(block) - (step - max_new_tokens)])
     return outputs
 
 
@@ -124,15 +129,27 @@ def _decode(
     tokens: jax.Array,
     cache: KVCache,
     sampling: Sampling | None,
-    step: int | jax.Array,
+    first: int | jax.Array,
+    *,
+    count: int,
 ) -> tuple[jax.Array, KVCache]:
-    """Tokens `[B]` -> the next ones, and the cache with these. Takes over the cache's memory."""
-    logits, cache = nnx.merge(definition, state)(tokens[:, None], cache)
-    return pick(logits[:, 0], sampling, step), cache
+    """Tokens `[B]` -> the next ones `[count, B]`, steps `first` on, and the cache with all but the last.
+
+    Takes over the cache's memory.
+    """
+
+    def one(before: tuple[jax.Array, KVCache], step: jax.Array) -> tuple[tuple[jax.Array, KVCache], jax.Array]:
+        tokens, cache = before
+        logits, cache = nnx.merge(definition, state)(tokens[:, None], cache)
+        tokens = pick(logits[:, 0], sampling, step)
+        return (tokens, cache), tokens
+
+    (_, cache), new = jax.lax.scan(one, (tokens, cache), first + jnp.arange(count))
+    return new, cache
 
 
 prefill = jax.jit(_prefill, static_argnums=0, static_argnames="capacity")
-decode = jax.jit(_decode, static_argnums=0, donate_argnums=3)
+decode = jax.jit(_decode, static_argnums=0, static_argnames="count", donate_argnums=3)
 
 
 def pick(logits: jax.Array, sampling: Sampling | None, step: int | jax.Array) -> jax.Array:

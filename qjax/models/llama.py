@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from qjax.models.kv_cache import KVCache, LayerCache
 from qjax.models.llama_config import ACTIVATIONS, LlamaConfig
+from qjax.models.merge import MergedLinear
 from qjax.models.rope import angles, rotate
 
 
@@ -88,6 +89,7 @@ class Attention(nnx.Module):
         self.q_proj = linear(config.hidden_size, q_features, config.qkv_bias)
         self.k_proj = linear(config.hidden_size, kv_features, config.qkv_bias)
         self.v_proj = linear(config.hidden_size, kv_features, config.qkv_bias)
+        self.qkv_proj: MergedLinear | None = None
         self.o_proj = linear(q_features, config.hidden_size, config.o_bias)
         self.q_norm = norm_of(config, config.head_dim, param_dtype) if config.qk_norm else None
         self.k_norm = norm_of(config, config.head_dim, param_dtype) if config.qk_norm else None
@@ -107,7 +109,9 @@ class Attention(nnx.Module):
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
-        queries, keys, values = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        merged = self.qkv_proj
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if merged is None else merged(x)
+        queries, keys, values = map(heads, projected)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
@@ -175,12 +179,14 @@ class MLP(nnx.Module):
         self.hidden_act = config.hidden_act
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.gate_up_proj: MergedLinear | None = None
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., hidden]` -> `[..., hidden]`."""
-        gate = ACTIVATIONS[self.hidden_act](self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x))
+        merged = self.gate_up_proj
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if merged is None else merged(x)
+        return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up)
 
 
 class DecoderLayer(nnx.Module):

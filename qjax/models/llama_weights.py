@@ -105,7 +105,7 @@ def load_llama(
     dtype = jnp.dtype(config.dtype if dtype is None else dtype)
     read = dense_reader(files) if reader is None else reader
     model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    leaves = list(_leaf_modules(model))
+    leaves = list(leaf_modules(model))
     names = names_in(files)
     if vision := vision_tensors(files) if "text_config" in files.config else []:
         model.notes = (f"{len(vision)} tensors of {vision[0].rpartition('.')[0]} and others: text alone is read",)
@@ -138,7 +138,8 @@ def partition_spec(path: str, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in axes))
 
 
-def _leaf_modules(model: Llama) -> Iterator[Leaf]:
+def leaf_modules(model: Llama) -> Iterator[Leaf]:
+    """Whatever has weights of its own: its owner, its name there, its path and itself."""
     modules = dict(nnx.iter_modules(model))
     for path, module in modules.items():
         if isinstance(module, nnx.Linear | nnx.Embed | RMSNorm):

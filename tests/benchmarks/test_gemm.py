@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import gemm
 from qjax.bench.cases import parse_rows, parse_schemes, parse_shapes
-from qjax.bench.records import KEY, Results
+from qjax.bench.records import KEYS, Results
 
 
 def test_the_most_important_sizes_come_first_and_each_case_once() -> None:
@@ -25,7 +25,7 @@ def test_a_file_is_drawn_without_its_gpu(tmp_path: Path) -> None:
     machine = {"device": "H200", "jax": "0.11.2", "jaxlib": "0.11.2"}
     cases = [case for case in gemm.stages()[:60] if case.backend == "auto"]
     Results(tmp_path / "gemm-h200.json", machine, "abc").add(
-        {**dict(zip(KEY, case.key, strict=True)), "speedup": 1.5} for case in cases
+        {**dict(zip(KEYS["gemm"], case.key, strict=True)), "speedup": 1.5} for case in cases
     )
     out = gemm.draw(tmp_path / "gemm-h200.json")
     assert out == tmp_path / "gemm-h200.png" and out.read_bytes().startswith(b"\x89PNG")

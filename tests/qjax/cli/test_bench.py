@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qjax.bench import machine
-from qjax.cli import bench
+from qjax.cli import bench_gemm
 from qjax.cli.main import main
 
 
@@ -17,7 +17,7 @@ def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     whole_bandwidth, whole_rate = machine.copy_bandwidth, machine.bf16_rate
     monkeypatch.setattr(machine, "copy_bandwidth", lambda size: whole_bandwidth(2**16))
     monkeypatch.setattr(machine, "bf16_rate", lambda side: whole_rate(32))
-    monkeypatch.setattr(bench, "QUICK", bench.QUICK._replace(seconds=1e-4, weights=2))
+    monkeypatch.setattr(bench_gemm, "QUICK", bench_gemm.QUICK._replace(seconds=1e-4, weights=2))
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:

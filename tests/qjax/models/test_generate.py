@@ -44,7 +44,7 @@ def test_decoding_takes_over_the_memory_of_the_cache(small):
     definition, state = nnx.split(small)
     ids = positions = np.arange(16, dtype=np.int32)[None]
     tokens, cache = prefill(definition, state, ids, positions, None, capacity=32)
-    decode(definition, state, tokens, cache, None, 1)
+    decode(definition, state, tokens, cache, None, 1, count=4)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
 
 
@@ -55,6 +55,12 @@ def test_a_stop_token_ends_its_row_only_and_is_its_last(small):
     for row, whole in zip(stopped, free, strict=True):
         end = whole.index(stop) + 1 if stop in whole else len(whole)
         assert row == whole[:end]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 10, 17])
+def test_any_number_of_tokens_is_the_beginning_of_more(small, count):
+    whole = generate(small, [[1, 2, 3]], max_new_tokens=24)
+    assert generate(small, [[1, 2, 3]], max_new_tokens=count) == [whole[0][:count]]
 
 
 def test_the_callback_sees_every_token_as_it_comes(small):

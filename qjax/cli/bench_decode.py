@@ -1,0 +1,95 @@
+"""`qjax bench decode`: how many tokens a second a model writes on this machine, by scheme and batch."""
+
+import argparse
+import sys
+from typing import Any
+
+from qjax.bench import cases
+from qjax.bench.decode import RUNS, STEPS, bench_decode, breakdown, decode_cases
+from qjax.bench.models import GEOMETRIES
+from qjax.bench.records import Record, Results, key_of
+from qjax.cli.tables import show
+
+HELP = "measure how fast models write text, each scheme beside the dense model"
+
+COLUMNS = (
+    "model", "scheme", "backend", "gpus", "batch", "prompt", "tok/s", "of dense", "step us", "bandwidth",
+    "first token ms", "weights GB", "peak GB",
+)  # fmt: skip
+NOTES = (
+    "tok/s: of all rows together, greedy, without the host; bandwidth: what a step must read over its time, of this "
+    "machine's copy;",
+    "peak: on one device, while prompts are read or tokens written",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure."""
+    parser.add_argument(
+        "--models",
+        metavar="M,...",
+        default="llama-2-7b",
+        help=f"{', '.join(GEOMETRIES)}, or folders; default: %(default)s",
+    )
+    parser.add_argument("--schemes", metavar="S,...", default="w4a16,w8a16,fp8", help="default: %(default)s")
+    parser.add_argument("--backend", default="auto", help="default: %(default)s")
+    parser.add_argument("--batches", metavar="B,...", default="1,16,64", help="rows; default: %(default)s")
+    parser.add_argument("--prompts", metavar="T,...", default="512", help="tokens of each prompt; default: %(default)s")
+    parser.add_argument("--gpus", type=int, default=1, help="cut the model over so many; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=STEPS, help="tokens a row and run; default: %(default)s")
+    parser.add_argument("--explain", action="store_true", help="where the time of a step goes, kernel by kernel")
+
+
+def run(args: argparse.Namespace, results: Results) -> None:
+    """Measures, and prints what was asked for, also what `results` had before."""
+    sizes = [cases.parse_rows(args.batches), cases.parse_rows(args.prompts)]
+    (backend,) = cases.parse_backends(args.backend)
+    models = [name.strip() for name in args.models.split(",")]
+    wanted = decode_cases(models, cases.parse_schemes(args.schemes), *sizes, backend=backend, gpus=args.gpus)
+    bench_decode(wanted, results, steps=args.steps, runs=RUNS, budget=args.limit, report=_tell)
+    keys = {case.key for case in wanted}
+    records = [record for record in results if key_of(record) in keys]
+    notes = [*NOTES, *(f"not measured: {one['model']} {one['scheme']}: {one['error']}" for one in results.failures)]
+    machine = results.machine
+    title = f"{machine['device']}: {machine['bandwidth'] / 1e9:.0f} GB/s copied, jax {machine['jax']}"
+    show(COLUMNS, map(_cells, records), title=title, right=COLUMNS[3:], notes=notes)
+    if args.explain:
+        for record in records:
+            if record["kernels"]:
+                _explain(record)
+            else:
+                print(f"{record['model']} {record['scheme']}: no profiler here tells kernels apart")
+
+
+def _tell(record: Record) -> None:
+    """One record, to somebody who waits."""
+    if sys.stderr.isatty():
+        print(*(cell for cell in _cells(record) if cell is not None), sep="  ", file=sys.stderr, flush=True)
+
+
+def _cells(record: Record) -> tuple[Any, ...]:
+    return (
+        record["model"],
+        record["scheme"],
+        record["backend"],
+        record["gpus"],
+        record["batch"],
+        record["prompt"],
+        f"{record['tok_s']:.1f}",
+        None if record["speedup"] is None else f"{record['speedup']:.2f}x",
+        f"{record['step_us']:.0f}",
+        f"{record['share_of_bandwidth']:.0%}",
+        f"{record['ttft_ms']:.1f}",
+        f"{record['weight_bytes'] / 1e9:.2f}",
+        f"{record['peak_bytes'] / 1e9:.2f}",
+    )
+
+
+def _explain(record: Record) -> None:
+    """A table of one step."""
+    title = f"{record['model']} {record['scheme']}, batch {record['batch']}: a step of {record['step_us']:.0f} us"
+    rows = [
+        (name, f"{n:.4g}", f"{us:.1f}", f"{share:.1%}")
+        for name, n, us, share in breakdown(record["kernels"], record["step_us"])
+    ]
+    show(("kernel", "launches", "us", "share"), rows, title=title, right=("launches", "us", "share"))
