@@ -149,7 +149,7 @@ class ParamsPlan:
 def plan_params(
     params: Any, scheme_or_rules: Any, model: Any, inputs: Any, apply_options: Mapping[str, Any]
 ) -> ParamsPlan:
-    """The kernels of a params tree that are to be quantized, nothing changed yet; arguments, errors as of `quantize`."""
+    """The kernels of a params tree that are to be quantized, nothing changed yet; as of `quantize`."""
     # Here and not above: flax costs more to import than the rest of qjax.
     from qjax.linen.boxes import is_box, unboxed
     from qjax.linen.survey import survey
