@@ -1,6 +1,5 @@
-"""Calibration: weights quantized by what enters their layers. `qjax.calibrate` is the door, recipes say how."""
+"""Calibration: weights quantized by what enters their layers. `qjax.calibrate` does it, a recipe says how."""
 
-from qjax.calibration.calibrate import calibrate as calibrate
 from qjax.calibration.recipe import AWQ as AWQ
 from qjax.calibration.recipe import GPTQ as GPTQ
 from qjax.calibration.recipe import HQQ as HQQ
@@ -9,3 +8,4 @@ from qjax.calibration.recipe import RECIPES as RECIPES
 from qjax.calibration.recipe import Recipe as Recipe
 from qjax.calibration.recipe import SmoothQuant as SmoothQuant
 from qjax.calibration.recipe import parse_recipe as parse_recipe
+from qjax.calibration.text import windows as windows

@@ -13,10 +13,10 @@ from flax import nnx
 from qjax.calibration import linen_model, nnx_model
 from qjax.calibration.fold import Norms
 from qjax.calibration.layer import Layer, factors_of, quantize_layer
+from qjax.calibration.moments import Statistics, add, measure
 from qjax.calibration.program import Input, Program, trace
 from qjax.calibration.recipe import Recipe, as_recipe
 from qjax.calibration.segments import Segment, Stage, Unit, advance, cut, start
-from qjax.calibration.statistics import Statistics, add, measure
 from qjax.calibration.subject import Subject
 from qjax.errors import CalibrationError
 from qjax.flax_kernel import KernelLayout, home_of, layout_of, shards_of_k

@@ -10,9 +10,9 @@ from absl import logging
 
 from qjax.calibration.grid import Grid
 from qjax.calibration.hqq import hqq
+from qjax.calibration.moments import Statistics
 from qjax.calibration.recipe import Recipe
 from qjax.calibration.scaling import awq, nearest, smoothquant
-from qjax.calibration.statistics import Statistics
 from qjax.calibration.sweep import descend, factor, gptq
 from qjax.errors import CalibrationError
 from qjax.qtensor import QTensor

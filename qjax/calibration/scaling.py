@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.calibration.grid import Grid
-from qjax.calibration.statistics import Statistics
+from qjax.calibration.moments import Statistics
 
 EXPONENTS = 20  # 0, 0.05, ... below 1
 

@@ -12,7 +12,7 @@ import qjax.linen
 import qjax.nnx
 from qjax.calibration import AWQ, GPTQ, HQQ, MSE, SmoothQuant
 from qjax.calibration.layer import Layer, quantize_layer
-from qjax.calibration.statistics import add, measure
+from qjax.calibration.moments import add, measure
 from qjax.errors import CalibrationError
 
 SCHEME = "w4a16:group_size=16,symmetric=false"
