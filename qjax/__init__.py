@@ -36,15 +36,19 @@ from qjax.schemes import W8A8Int8 as W8A8Int8
 from qjax.schemes import parse_scheme as parse_scheme
 
 if TYPE_CHECKING:
+    from qjax import calibration as calibration
     from qjax import linen as linen
     from qjax import models as models
     from qjax import nnx as nnx
+    from qjax.calibration.calibrate import calibrate as calibrate
     from qjax.checkpoints.load import load as load
     from qjax.checkpoints.save import save as save
     from qjax.models.tokenizer import load_tokenizer as load_tokenizer
 
 # What brings Flax, tokenizers or checkpoint readers with it is imported when first asked for.
 _LAZY = {
+    "calibration": ("qjax.calibration", None),
+    "calibrate": ("qjax.calibration.calibrate", "calibrate"),
     "linen": ("qjax.linen", None),
     "nnx": ("qjax.nnx", None),
     "models": ("qjax.models", None),

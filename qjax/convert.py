@@ -14,7 +14,7 @@ from absl import logging
 from qjax.errors import QuantizeError
 from qjax.flax_kernel import KernelUse, quantize_kernel
 from qjax.progress import track
-from qjax.qtensor import is_qtensor
+from qjax.qtensor import QTensor, is_qtensor
 from qjax.rules import EVERYTHING, KINDS, Kind, Rule, RuleUse, as_rules, is_convolution, match
 
 
@@ -102,6 +102,82 @@ def _with_inner(params: Any, inner: Any) -> Any:
     return type(params)({**params, "params": inner}) if isinstance(params.get("params"), Mapping) else inner
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelTask:
+    """One kernel to be quantized: its place among the leaves of the inner tree, its path, its rule, its axes."""
+
+    leaf: int
+    path: str
+    rule: Rule
+    use: KernelUse
+
+
+@dataclasses.dataclass
+class ParamsPlan:
+    """Which kernels of a params tree are to be quantized, and the tree as it is after those that have been.
+
+    Attributes:
+      params: what the caller gave.
+      leaves: of the inner tree, boxes and QTensors whole.
+      tree: its structure.
+      tasks: the kernels.
+    """
+
+    params: Any
+    leaves: list[Any]
+    tree: Any
+    tasks: list[KernelTask]
+
+    def kernel(self, task: KernelTask) -> Any:
+        """A kernel without its box."""
+        from qjax.linen.boxes import unboxed
+
+        return unboxed(self.leaves[task.leaf])
+
+    def put(self, task: KernelTask, w: QTensor) -> None:
+        """A QTensor in its kernel's place, boxed as that was."""
+        from qjax.linen.boxes import boxed_like
+
+        self.leaves[task.leaf] = boxed_like(self.leaves[task.leaf], w, where=task.path)
+
+    def result(self) -> Any:
+        """What the caller gets."""
+        inner = jax.tree.unflatten(self.tree, self.leaves)
+        return _with_inner(self.params, inner)
+
+
+def plan_params(
+    params: Any, scheme_or_rules: Any, model: Any, inputs: Any, apply_options: Mapping[str, Any]
+) -> ParamsPlan:
+    """The kernels of a params tree that are to be quantized, nothing changed yet; as of `quantize`."""
+    # Here and not above: flax costs more to import than the rest of qjax.
+    from qjax.linen.boxes import is_box, unboxed
+    from qjax.linen.survey import survey
+
+    if model is None and (inputs is not None or apply_options):
+        raise QuantizeError(f"inputs and {sorted(apply_options)} are for a model; give model=")
+    if model is not None and inputs is None:
+        raise QuantizeError(f"{type(model).__name__} is traced on sample inputs; give inputs=(x,), arrays or shapes")
+    inner = _inner(params)
+    variables = {"params": inner} if inner is params else params
+    learned = None if model is None else survey(model, variables, inputs, apply_options)
+    planner = _Planner(RuleUse(as_rules(scheme_or_rules)), learned)
+    found, tree = jax.tree_util.tree_flatten_with_path(inner, is_leaf=lambda a: is_qtensor(a) or is_box(a))
+    tasks = []
+    for i, (key, leaf) in enumerate(found):
+        path = jax.tree_util.keystr(key, simple=True, separator="/")
+        planned = planner.plan(path, leaf if is_qtensor(leaf) else unboxed(leaf))
+        if planned is not None:
+            tasks.append(KernelTask(i, path, *planned))
+    planner.rules.check()
+    if planner.rules.unexplained:
+        logging.warning(
+            "left alone, since neither a model nor a rule tells what their axes mean: %s",
+            ", ".join(planner.rules.unexplained),
+        )
+    return ParamsPlan(params, [leaf for _, leaf in found], tree, tasks)
+
+
 def quantize(
     params: Any,
     scheme_or_rules: Any,
@@ -140,41 +216,16 @@ def quantize(
         convolution that a rule names.
       NotImplementedError: layers stacked over an axis that is not the first.
     """
-    # Here and not above: flax costs more to import than the rest of qjax.
-    from qjax.linen.boxes import boxed_like, is_box, unboxed
-    from qjax.linen.survey import survey
-
-    if model is None and (inputs is not None or apply_options):
-        raise QuantizeError(f"inputs and {sorted(apply_options)} are for a model; give model=")
-    if model is not None and inputs is None:
-        raise QuantizeError(f"{type(model).__name__} is traced on sample inputs; give inputs=(x,), arrays or shapes")
-    inner = _inner(params)
-    variables = {"params": inner} if inner is params else params
-    learned = None if model is None else survey(model, variables, inputs, apply_options)
-    planner = _Planner(RuleUse(as_rules(scheme_or_rules)), learned)
-    found, tree = jax.tree_util.tree_flatten_with_path(inner, is_leaf=lambda a: is_qtensor(a) or is_box(a))
-    leaves = [leaf for _, leaf in found]
-    work = []
-    for i, (key, leaf) in enumerate(found):
-        path = jax.tree_util.keystr(key, simple=True, separator="/")
-        plan = planner.plan(path, leaf if is_qtensor(leaf) else unboxed(leaf))
-        if plan is not None:
-            work.append((i, path, *plan))
-    planner.rules.check()
-    if planner.rules.unexplained:
-        logging.warning(
-            "left alone, since neither a model nor a rule tells what their axes mean: %s",
-            ", ".join(planner.rules.unexplained),
-        )
-    for i, path, rule, use in track(work, "quantizing", show=progress):
-        assert rule.scheme is not None, rule
+    plan = plan_params(params, scheme_or_rules, model, inputs, apply_options)
+    for task in track(plan.tasks, "quantizing", show=progress):
+        assert task.rule.scheme is not None, task.rule
         w = quantize_kernel(
-            unboxed(leaves[i]),
-            rule.scheme,
-            use,
-            where=path,
-            partial_groups=partial_groups or rule.partial_groups,
-            k_pieces=rule.k_pieces,
+            plan.kernel(task),
+            task.rule.scheme,
+            task.use,
+            where=task.path,
+            partial_groups=partial_groups or task.rule.partial_groups,
+            k_pieces=task.rule.k_pieces,
         )
-        leaves[i] = boxed_like(leaves[i], jax.block_until_ready(w), where=path)
-    return _with_inner(params, jax.tree.unflatten(tree, leaves))
+        plan.put(task, jax.block_until_ready(w))
+    return plan.result()

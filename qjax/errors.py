@@ -36,5 +36,9 @@ class CheckpointError(QJaxError):
     """A checkpoint folder, file, index, config or tensor that is malformed, foreign or missing."""
 
 
+class CalibrationError(QJaxError):
+    """Data that calibration cannot use, a recipe that does not exist, or one that does not fit the scheme."""
+
+
 class GenerationError(QJaxError):
     """A prompt or a sampling setting that the model cannot serve."""

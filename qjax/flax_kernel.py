@@ -87,12 +87,70 @@ def _stack_up(shape: tuple[int, ...], one: Callable[[tuple[int, ...]], QTensor])
     return stack
 
 
-def _home(kernel: Any) -> tuple[Mesh, PartitionSpec] | None:
+def shards_of_k(mesh: Mesh, spec: PartitionSpec, shape: Sequence[int], use: KernelUse) -> int:
+    """Over how many devices a kernel of `shape` is cut along its first contracted axis."""
+    return math.prod(mesh.shape[name] for name in entries(spec, len(shape))[use.contracted[0]])
+
+
+def home_of(kernel: Any) -> tuple[Mesh, PartitionSpec] | None:
     """The mesh that a kernel is cut over, and how; None where each device has all of it, and inside a trace."""
     sharding = None if isinstance(kernel, jax.core.Tracer) else getattr(kernel, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
         return None
     return (sharding.mesh, sharding.spec) if any(entries(sharding.spec, kernel.ndim)) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelLayout:
+    """How a Flax kernel of any rank is a stack of matrices `[K, N]`.
+
+    Attributes:
+      stack: shape of the axes over which layers are stacked.
+      in_shape, out_shape: the contracted axes and the outputs.
+      order: the layer's axes as `(*in_shape, *out_shape)` has them.
+    """
+
+    stack: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @property
+    def is_natural(self) -> bool:
+        """Whether the contracted axes come before the outputs, each in its order."""
+        return self.order == tuple(sorted(self.order))
+
+    def matrix(self, kernel: Any, index: tuple[int, ...]) -> Any:
+        """One layer as `[K, N]`."""
+        layer = kernel[index] if index else kernel
+        if not self.is_natural:
+            layer = layer.transpose(self.order)
+        return layer.reshape(math.prod(self.in_shape), math.prod(self.out_shape))
+
+    def like_kernel(self, w: QTensor) -> QTensor:
+        """The QTensor of matrices with the kernel's axes."""
+        return dataclasses.replace(
+            w,
+            in_shape=self.in_shape if len(self.in_shape) > 1 else None,
+            out_shape=self.out_shape if len(self.out_shape) > 1 else None,
+            axes=None if self.is_natural else tuple(int(a) for a in np.argsort(self.order)),
+        )
+
+    def assemble(self, one: Callable[[tuple[int, ...]], QTensor]) -> QTensor:
+        """The QTensor of a kernel from those of its layers, asked for by their index, one after another."""
+        return self.like_kernel(_stack_up(self.stack, one) if self.stack else one(()))
+
+
+def layout_of(where: str, shape: Sequence[int], use: KernelUse) -> KernelLayout:
+    """The layout of a kernel of `shape`.
+
+    Raises:
+      QuantizeError: axes that do not fit the shape.
+      NotImplementedError: stacked axes that do not lead.
+    """
+    stacked, contracted, outputs = _arrange(where, shape, use)
+    stack, in_shape, out_shape = (tuple(shape[a] for a in axes) for axes in (stacked, contracted, outputs))
+    return KernelLayout(stack, in_shape, out_shape, tuple(a - len(stacked) for a in (*contracted, *outputs)))
 
 
 def quantize_kernel(
@@ -123,33 +181,22 @@ def quantize_kernel(
     """
     refuse_shape(where, kernel)
     shape = tuple(kernel.shape)
-    stacked, contracted, outputs = _arrange(where, shape, use)
-    stack, in_shape, out_shape = (tuple(shape[a] for a in axes) for axes in (stacked, contracted, outputs))
-    order = tuple(a - len(stacked) for a in (*contracted, *outputs))
-    home = _home(kernel)
+    layout = layout_of(where, shape, use)
+    home = home_of(kernel)
     if home is not None and k_pieces == 1:
-        mesh, spec = home
-        k_pieces = math.prod(mesh.shape[name] for name in entries(spec, len(shape))[contracted[0]])
+        k_pieces = shards_of_k(*home, shape, use)
 
     def one(index: tuple[int, ...]) -> QTensor:
         layer = kernel[index] if index else kernel
         if home is not None:
             layer = jax.device_put(layer, NamedSharding(home[0], PartitionSpec()))
-        if order != tuple(sorted(order)):
-            layer = layer.transpose(order)
         return quantize_array(
-            layer.reshape(math.prod(in_shape), math.prod(out_shape)),
+            layout.matrix(layer, ()),
             scheme,
             where=f"{where}{list(index)}" if index else where,
             partial_groups=partial_groups,
             k_pieces=k_pieces,
         )
 
-    w = _stack_up(stack, one) if stack else one(())
-    w = dataclasses.replace(
-        w,
-        in_shape=in_shape if len(in_shape) > 1 else None,
-        out_shape=out_shape if len(out_shape) > 1 else None,
-        axes=tuple(int(a) for a in np.argsort(order)) if order != tuple(sorted(order)) else None,
-    )
+    w = layout.assemble(one)
     return w if home is None else jax.device_put(w, shardings(w, *home, where=where))

@@ -45,7 +45,7 @@ def encode(values: jax.Array, form: Format) -> jax.Array:
     return jnp.asarray(order)[index]
 
 
-def _to_range(scale: jax.Array, dtype: np.dtype) -> jax.Array:
+def to_range(scale: jax.Array, dtype: np.dtype) -> jax.Array:
     """Scales rounded to `dtype`, kept positive, normal and finite; 1 where they were 0."""
     scale = jnp.where(scale == 0, 1.0, scale)
     info = jnp.finfo(dtype)
@@ -59,13 +59,13 @@ def _integer(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Arr
     top = 2**form.bits - 1
     shift = 0 if form.bits < 8 else -128
     if scheme.symmetric:
-        scale = _to_range(quotient(_reduce_blocks(jnp.abs(w), scheme.block, jnp.max), form.maximum), dtype)
+        scale = to_range(quotient(_reduce_blocks(jnp.abs(w), scheme.block, jnp.max), form.maximum), dtype)
         half = 2 ** (form.bits - 1)
         q = jnp.clip(jnp.round(quotient(w, spread(scale.astype(jnp.float32)))), -half, half - 1)
         return dict(codes=(q + half + shift).astype(form.dtype), scale=scale)
     low = _reduce_blocks(jnp.minimum(w, 0), scheme.block, jnp.min)
     high = _reduce_blocks(jnp.maximum(w, 0), scheme.block, jnp.max)
-    scale = _to_range(quotient(high / 2 - low / 2, top / 2), dtype)  # halves, which don't overflow
+    scale = to_range(quotient(high / 2 - low / 2, top / 2), dtype)  # halves, which don't overflow
     wide = scale.astype(jnp.float32)
     zero = jnp.clip(jnp.round(quotient(-low, wide)), 0, top)
     q = jnp.clip(jnp.round(quotient(w, spread(wide))) + spread(zero), 0, top)
@@ -94,7 +94,7 @@ def _scaled(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Arra
         scale, inverse = _power_of_two(amax, form)
         return dict(codes=encode(w * spread(inverse), form), scale=scale)
     if not scheme.global_scale:
-        scale = _to_range(quotient(amax, form.maximum), dtype)
+        scale = to_range(quotient(amax, form.maximum), dtype)
         return dict(codes=encode(quotient(w, spread(scale.astype(jnp.float32))), form), scale=scale)
     total = quotient(jnp.max(amax, axis=(-2, -1)), _E4M3.maximum * form.maximum)
     total = jnp.where(total == 0, 1.0, total)
@@ -118,16 +118,31 @@ def _nested(scale: jax.Array, block: int) -> QTensor:
 def _quantize(w: jax.Array, scheme: Scheme, scale_dtype: np.dtype, dtype: np.dtype, pieces: int) -> QTensor:
     """`[..., K, N]` -> QTensor; everything that needs a value was checked before."""
     w = w.astype(jnp.float32).swapaxes(-1, -2)
-    k = w.shape[-1]
     found = (_integer if scheme.format.kind == "int" else _scaled)(w, scheme, scale_dtype)
     codes, scale = found.pop("codes"), found.pop("scale")
+    nested = _nested(scale, scheme.nested) if scheme.nested else scale
+    return from_codes(codes, nested, scheme, dtype=dtype, pieces=pieces, **found)
+
+
+def from_codes(
+    codes: jax.Array, scale: jax.Array | QTensor, scheme: Scheme, *, dtype: Any, pieces: int = 1, **arrays: Any
+) -> QTensor:
+    """A QTensor of codes `[..., N, K]` in the format's dtype and of scales, packed where the scheme packs.
+
+    Args:
+      codes, scale: as the QTensor's law reads them.
+      scheme: what they mean.
+      dtype: of `dequantize()`.
+      pieces: as `k_pieces` of `quantize_array`.
+      **arrays: further fields of QTensor.
+    """
+    k = codes.shape[-1]
     piece = k_pieces(k, scheme.bits, pieces)
     if scheme.bits < 8:
         codes = codes.reshape(*codes.shape[:-1], k // piece[0], piece[0])
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, piece[1] - piece[0])])
         codes = pack(codes.reshape(*codes.shape[:-2], k // piece[0] * piece[1]), scheme.bits)
-    nested = _nested(scale, scheme.nested) if scheme.nested else scale
-    return QTensor(codes, nested, scheme=scheme, dtype=dtype, k_piece=piece, **found)  # type: ignore[arg-type]
+    return QTensor(codes, scale, scheme=scheme, dtype=np.dtype(dtype), k_piece=piece, **arrays)
 
 
 @jax.jit
@@ -143,7 +158,8 @@ def refuse_shape(where: str, w: Any) -> None:
         raise QuantizeError(f"{where}: {w} is a shape and no array; quantize inside of jax.eval_shape")
 
 
-def _check_shape(where: str, w: Any, scheme: Scheme, partial_groups: bool, pieces: int) -> None:
+def check_kernel(where: str, w: Any, scheme: Scheme, partial_groups: bool, pieces: int) -> None:
+    """Raises QuantizeError where dtype, shape, groups or pieces of a kernel `[..., K, N]` do not fit each other."""
     if not jnp.issubdtype(w.dtype, jnp.floating) or np.dtype(w.dtype).itemsize < 2:
         raise QuantizeError(
             f"{where}: dtype {w.dtype} cannot be quantized; allowed: float16, bfloat16, float32, float64"
@@ -193,14 +209,13 @@ def quantize_array(
     scheme = as_scheme(scheme)
     refuse_shape(where, w)
     w = jnp.asarray(w)
-    _check_shape(where, w, scheme, partial_groups, k_pieces)
-    scale_dtype: np.dtype = np.dtype(getattr(jnp, scheme.scale_dtype))
+    check_kernel(where, w, scheme, partial_groups, k_pieces)
+    scale_dtype = np.dtype(getattr(jnp, scheme.scale_dtype))
     if not isinstance(w, jax.core.Tracer):
         bad, good = (int(v) for v in _survey(w))
         if bad:
             raise QuantizeError(f"{where}: {bad} of {bad + good} weights are NaN or inf")
-        if scale_dtype == np.float16 and not _fits_float16(w, scheme):
-            scale_dtype = np.dtype("float32")
+        scale_dtype = scale_dtype_of(w, scheme)
     return _quantize(w, scheme, scale_dtype, np.dtype(dtype or w.dtype), k_pieces)
 
 
@@ -215,6 +230,15 @@ def _scale_range(w: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array]:
         top = 2**scheme.bits - 1
         scale = _reduce_blocks(high, scheme.block, jnp.max) / top - _reduce_blocks(low, scheme.block, jnp.min) / top
     return jnp.min(jnp.where(scale == 0, jnp.inf, scale)), jnp.max(scale)
+
+
+def scale_dtype_of(w: jax.Array, scheme: Scheme) -> np.dtype:
+    """The scheme's dtype of scales; float32 for float16 where a scale would be subnormal or infinite.
+
+    `w` `[..., K, N]` is no tracer: its values are looked at.
+    """
+    wanted: np.dtype = np.dtype(getattr(jnp, scheme.scale_dtype))
+    return np.dtype("float32") if wanted == np.float16 and not _fits_float16(w, scheme) else wanted
 
 
 def _fits_float16(w: jax.Array, scheme: Scheme) -> bool:

@@ -6,12 +6,12 @@ its constructor's key in `SCHEMES` with its options: `w4a16:group_size=64,symmet
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
 from qjax.errors import SchemeError
 from qjax.formats import FORMATS, Format
+from qjax.spec import read_spec, write_spec
 
 Granularity = Literal["tensor", "channel", "block"]
 GroupSize = int | Literal["channel", "tensor"]
@@ -71,16 +71,8 @@ class Scheme:
         return self.spec
 
 
-def _spec(name: str, options: dict[str, Any]) -> str:
-    """`name:key=value,...` of the options given; booleans in lower case."""
-    text = ",".join(f"{k}={str(v).lower()}" for k, v in options.items())
-    return f"{name}:{text}" if text else name
-
-
 def _changed(name: str, options: dict[str, Any], always: tuple[str, ...] = ()) -> str:
-    """The canonical spec of a constructor: options in `always`, and those that differ from the default."""
-    defaults = {k: p.default for k, p in inspect.signature(SCHEMES[name]).parameters.items()}
-    return _spec(name, {k: v for k, v in options.items() if k in always or v != defaults[k]})
+    return write_spec(name, SCHEMES, options, always)
 
 
 def _int_block(name: str, group_size: GroupSize) -> tuple[int | None, int | None]:
@@ -344,37 +336,13 @@ SCHEMES: dict[str, Callable[..., Scheme]] = {
 }
 
 
-def _option(name: str, key: str, text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if text.removeprefix("-").isdecimal() and text.isascii():
-        return int(text)
-    if not text:
-        raise SchemeError(f"{name}: option {key} has no value; write {key}=VALUE")
-    return None if text.lower() == "none" else text
-
-
 def parse_scheme(text: str) -> Scheme:
     """The scheme that a command line names: `w4a16`, `w4a16:group_size=64,symmetric=false`.
 
     Raises:
       SchemeError: for an unknown name or option, naming the known ones.
     """
-    name, _, rest = text.strip().partition(":")
-    if name.lower() not in SCHEMES:
-        raise SchemeError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}")
-    make = SCHEMES[name.lower()]
-    allowed = list(inspect.signature(make).parameters)
-    options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, _, value = part.partition("=")
-        key = key.strip()
-        if key not in allowed:
-            raise SchemeError(f"{name}: unknown option {key!r}; known: {', '.join(allowed) or 'none'}")
-        if key in options:
-            raise SchemeError(f"{name}: option {key} is given twice")
-        options[key] = _option(name, key, value.strip())
-    return make(**options)
+    return read_spec(text, SCHEMES, "scheme", SchemeError)
 
 
 def as_scheme(scheme: Scheme | str) -> Scheme:

@@ -52,7 +52,8 @@ MAY_IMPORT = {
     "qjax.errors": Row(),
     # What a weight is. A QTensor's methods import what reads it and shows it when they are called.
     "qjax.formats": Row(),
-    "qjax.schemes": Row("qjax.formats"),
+    "qjax.spec": Row(),
+    "qjax.schemes": Row("qjax.formats qjax.spec"),
     "qjax.scheme_json": Row("qjax.formats qjax.schemes"),
     "qjax.layouts": Row("qjax.formats"),
     "qjax.host_layouts": Row("qjax.layouts"),
@@ -107,7 +108,13 @@ MAY_IMPORT = {
         "qjax.progress",
         "matplotlib",
     ),
-    "qjax.cli.*": Row(f"{PUBLIC} qjax.bench qjax.explain qjax.rules qjax.devices", "rich matplotlib tokenizers"),
+    "qjax.calibration.*": Row(
+        f"{PRODUCT} qjax.quotient qjax.convert qjax.flax_kernel qjax.linen qjax.nnx qjax.progress qjax.rules qjax.spec",
+        "flax",
+    ),
+    "qjax.cli.*": Row(
+        f"{PUBLIC} qjax.calibration qjax.bench qjax.explain qjax.rules qjax.devices", "rich matplotlib tokenizers"
+    ),
     # Kernels know nobody.
     "pallas_kernels": Row(),
     "pallas_kernels.finish": Row(),

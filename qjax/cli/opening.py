@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qjax
 from qjax.checkpoints.load import load
+from qjax.errors import QJaxError
 from qjax.explain import layers
 from qjax.qtensor import is_qtensor
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 SCHEME_HELP = (
     f"how to quantize: {', '.join(qjax.SCHEMES)}; options follow a colon, as in w4a16:group_size=64,symmetric=false"
 )
+
+
+WINDOW = 512  # tokens of a text that are looked at together
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +37,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """Where text becomes tokens."""
     parser.add_argument("--tokenizer", metavar="DIR", help="a folder with tokenizer.json; default: DIR")
+
+
+def read_text(file: str) -> str:
+    """A text file.
+
+    Raises:
+      QJaxError: it is not UTF-8.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QJaxError(f"{file}: not UTF-8 text at byte {error.start}") from error
 
 
 @contextmanager

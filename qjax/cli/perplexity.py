@@ -3,27 +3,26 @@
 import argparse
 import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from qjax.cli.opening import (
     SCHEME_HELP,
+    WINDOW,
     add_model,
     add_tokenizer,
     backend_of,
     kernel_bytes,
     open_model,
     quantizes_activations,
+    read_text,
     scheme_names,
 )
 from qjax.cli.tables import show
-from qjax.errors import QJaxError
 from qjax.models.perplexity import perplexity
 from qjax.models.tokenizer import load_tokenizer
 
 HELP = "measure perplexity on a text, and the distance to a base model"
 
-WINDOW = 512
 BATCH = 8  # windows at a time
 
 
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures and prints."""
-    ids = load_tokenizer(args.tokenizer or args.folder).encode(_text(args.text), add_special_tokens=False)
+    ids = load_tokenizer(args.tokenizer or args.folder).encode(read_text(args.text), add_special_tokens=False)
     batch = min(BATCH, max(args.windows or BATCH, 1))
     measure = partial(perplexity, token_ids=ids, window=WINDOW, max_windows=args.windows, batch_size=batch)
     rounded: dict[str, Any] = {}
@@ -77,10 +76,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.5f}"
     return f"{value:,}" if isinstance(value, int) else value or "none"
-
-
-def _text(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise QJaxError(f"{file}: not UTF-8 text at byte {error.start}") from error

@@ -4,22 +4,26 @@ import argparse
 import time
 from pathlib import Path
 
+import numpy as np
+
 import qjax
+from qjax.calibration import RECIPES, Recipe, parse_recipe, windows
 from qjax.checkpoints.load import load
 from qjax.checkpoints.save import save
 from qjax.checkpoints.write import check_target
-from qjax.cli.opening import SCHEME_HELP, kernel_bytes, scheme_names
+from qjax.cli.opening import SCHEME_HELP, WINDOW, kernel_bytes, read_text, scheme_names
 from qjax.cli.tables import show
-from qjax.errors import RuleError
+from qjax.errors import CalibrationError, RuleError
 from qjax.explain import layers
+from qjax.models.tokenizer import load_tokenizer
 from qjax.qtensor import is_qtensor
 from qjax.rules import EVERYTHING, Rule, parse_rules
 
-HELP = "quantize a model to nearest and write it as a folder that the other commands read"
+HELP = "quantize a model, to nearest or by calibration, and write it as a folder that the other commands read"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """IN OUT --scheme | --rules, --overwrite."""
+    """IN OUT --scheme | --rules, --recipe --calibrate --windows, --overwrite."""
     parser.add_argument("folder", metavar="IN", help="a checkpoint folder: config.json and safetensors")
     parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist")
     parser.add_argument("--scheme", help=SCHEME_HELP + "; heads and embeddings are left alone")
@@ -29,20 +33,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lines `regex scheme` over paths such as layers/0/mlp/up_proj, the first that matches all of a path wins; "
         "`none` leaves a layer alone; --scheme is for the layers that no line matches",
     )
+    parser.add_argument(
+        "--recipe",
+        help=f"how, if not to nearest: {', '.join(RECIPES)}; options follow a colon, as in gptq:clip=true,passes=4",
+    )
+    parser.add_argument("--calibrate", metavar="FILE", help="UTF-8 text that --recipe looks at layers' inputs on")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=128,
+        metavar="N",
+        help=f"the first N windows of {WINDOW} tokens of it (default 128)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint folder")
 
 
 def run(args: argparse.Namespace) -> None:
     """Quantizes and writes, then says what became of the bytes."""
     import qjax.nnx
+    from qjax.calibration.calibrate import calibrate
 
     rules = _rules(args)
+    recipe = _recipe(args)
     out = Path(args.out)
     check_target(out, source=args.folder, overwrite=args.overwrite)  # before the work, too
     start = time.perf_counter()
+    batches = None if args.calibrate is None else _batches(args)
     model = load(args.folder)
     before = kernel_bytes(model)
-    qjax.nnx.quantize(model, rules)
+    if recipe is None:
+        qjax.nnx.quantize(model, rules)
+    else:
+        calibrate(model, batches, recipe, rules)
     save(model, out, source=args.folder, overwrite=args.overwrite)
     found = list(layers(model))
     after = kernel_bytes(model)
@@ -66,10 +88,20 @@ def _rules(args: argparse.Namespace) -> tuple[Rule, ...]:
     return (*_file_rules(args.rules), *scheme)
 
 
+def _recipe(args: argparse.Namespace) -> Recipe | None:
+    """None is to nearest."""
+    recipe = None if args.recipe is None else parse_recipe(args.recipe)
+    if recipe is None and args.calibrate is not None:
+        raise CalibrationError(f"--calibrate {args.calibrate}: give --recipe R, one of {', '.join(RECIPES)}")
+    if recipe is not None and recipe.needs_data and args.calibrate is None:
+        raise CalibrationError(f"recipe {recipe} looks at what enters layers: give --calibrate FILE")
+    return recipe
+
+
+def _batches(args: argparse.Namespace) -> list[np.ndarray]:
+    ids = load_tokenizer(args.folder).encode(read_text(args.calibrate), add_special_tokens=False)
+    return windows(ids, window=WINDOW, count=args.windows)
+
+
 def _file_rules(file: str | None) -> tuple[Rule, ...]:
-    if file is None:
-        return ()
-    try:
-        return parse_rules(Path(file).read_text(encoding="utf-8"), file)
-    except UnicodeDecodeError as error:
-        raise RuleError(f"{file}: not UTF-8 text at byte {error.start}") from error
+    return () if file is None else parse_rules(read_text(file), file)

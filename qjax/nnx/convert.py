@@ -84,6 +84,15 @@ class Task:
         """What has to agree among layers that share a kernel."""
         return (self.swap.axes(self.layer), self.rule.scheme, self.rule.partial_groups, self.rule.k_pieces)
 
+    @property
+    def where(self) -> str:
+        """The path of its kernel."""
+        return f"{self.path}/{self.swap.name}".lstrip("/")
+
+    def swap_in(self, kernel: QParam) -> None:
+        """Makes the layer its quantized namesake around a kernel."""
+        _become(self.layer, self.swap.build(self.layer, kernel))
+
 
 def _plan(modules: dict[str, nnx.Module], rules: RuleUse) -> list[Task]:
     """The layers that rules speak of.
@@ -153,6 +162,22 @@ def _become(layer: nnx.Module, new: nnx.Module) -> None:
             setattr(layer, name, nnx.data(value) if new._pytree__nodes[name] else nnx.static(value))
 
 
+def plan(module: Any, scheme_or_rules: Any) -> list[Task]:
+    """The layers of a module that are to be quantized, nothing changed yet.
+
+    Raises:
+      RuleError, QuantizeError, NotImplementedError: as `quantize`, for what the kernels' values have no part in.
+    """
+    if not isinstance(module, nnx.Module):
+        raise QuantizeError(
+            f"a flax.nnx.Module is wanted; got {type(module).__name__}; qjax.quantize takes params trees"
+        )
+    modules = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(module, graph=True)}
+    tasks = _plan(modules, RuleUse(as_rules(scheme_or_rules)))
+    _check_ties(modules, tasks)
+    return tasks
+
+
 def quantize[M: nnx.Module](
     module: M, scheme_or_rules: Any, *, partial_groups: bool = False, progress: bool | None = None
 ) -> M:
@@ -179,19 +204,13 @@ def quantize[M: nnx.Module](
       NotImplementedError: a layer with a dot_general or an einsum of its own, before anything is changed.
       ShardingError: as `qjax.nnx.quantize_param`.
     """
-    if not isinstance(module, nnx.Module):
-        raise QuantizeError(
-            f"a flax.nnx.Module is wanted; got {type(module).__name__}; qjax.quantize takes params trees"
-        )
-    modules = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(module, graph=True)}
-    tasks = _plan(modules, RuleUse(as_rules(scheme_or_rules)))
-    _check_ties(modules, tasks)
+    tasks = plan(module, scheme_or_rules)
     kernels: dict[int, QParam] = {}
     for task in track(tasks, "quantizing", show=progress):
         key = id(task.param)
         if key not in kernels:
             kernels[key] = _quantize(task, partial_groups)
-        _become(task.layer, task.swap.build(task.layer, kernels[key]))
+        task.swap_in(kernels[key])
     return module
 
 
@@ -202,7 +221,7 @@ def _quantize(task: Task, partial_groups: bool) -> QParam:
         task.param,
         task.swap.axes(task.layer),
         rule.scheme,
-        where=f"{task.path}/{task.swap.name}".lstrip("/"),
+        where=task.where,
         partial_groups=partial_groups or rule.partial_groups,
         k_pieces=rule.k_pieces,
     )

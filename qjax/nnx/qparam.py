@@ -100,16 +100,8 @@ def quantize_param(
       QuantizeError: as `qjax.quantize_array`; for a Param with hooks, which expect an array.
       ShardingError: where a shard cuts a scale group, naming mesh axis, shard and group.
     """
-    metadata = {k: v for k, v in param.get_metadata().items() if k not in nnx.Variable.required_metadata}
-    # `nnx.with_partitioning` writes None where it is given no mesh, which `nnx.as_abstract` would take for one.
-    if metadata.get("mesh", ...) is None:
-        del metadata["mesh"]
-    hooks = [hook for hook in _HOOKS if metadata.get(hook)]
-    if hooks:
-        raise QuantizeError(f"{where}: the Param has hooks {', '.join(hooks)}, which expect an array and not a QTensor")
+    metadata = metadata_of(param, where)
     kernel = param.get_value()
-    if not isinstance(kernel, jax.Array | np.ndarray):
-        raise QuantizeError(f"{where}: the Param holds a {type(kernel).__name__}, which is no array to quantize")
     use = axes.use(kernel.ndim)
     options: dict[str, Any] = {"where": where, "partial_groups": partial_groups}
     home = _traced_sharding(param)
@@ -121,6 +113,25 @@ def quantize_param(
     whole = _put(jnp.asarray(kernel), NamedSharding(mesh, PartitionSpec()))
     w = quantize_kernel(whole, scheme, use, **options, k_pieces=k_pieces)
     return QParam(jax.tree.map(_put, w, shardings(w, mesh, home.spec, where=where)), **metadata)
+
+
+def metadata_of(param: nnx.Variable, where: str) -> dict[str, Any]:
+    """What goes from a float Param to the QParam in its place.
+
+    Raises:
+      QuantizeError: for a Param with hooks, which expect an array, and for one that holds none.
+    """
+    metadata = {k: v for k, v in param.get_metadata().items() if k not in nnx.Variable.required_metadata}
+    # `nnx.with_partitioning` writes None where it is given no mesh, which `nnx.as_abstract` would take for one.
+    if metadata.get("mesh", ...) is None:
+        del metadata["mesh"]
+    hooks = [hook for hook in _HOOKS if metadata.get(hook)]
+    if hooks:
+        raise QuantizeError(f"{where}: the Param has hooks {', '.join(hooks)}, which expect an array and not a QTensor")
+    kernel = param.get_value()
+    if not isinstance(kernel, jax.Array | np.ndarray):
+        raise QuantizeError(f"{where}: the Param holds a {type(kernel).__name__}, which is no array to quantize")
+    return metadata
 
 
 def _traced_sharding(param: nnx.Variable) -> NamedSharding | None:

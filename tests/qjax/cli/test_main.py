@@ -100,6 +100,13 @@ ERRORS: list[tuple[list[str], str]] = [
     (["quantize", "{pylm}", "{pylm}", "--scheme", "w4a16"], "pylm-4m: would replace {pylm}, which is read for it"),
     (["quantize", "{pylm}", "{pylm}", "--scheme", "w4a16", "--overwrite"], "would replace {pylm}, which is read"),
     (["quantize", "{pylm}", "{tmp}/out", "--rules", "{tmp}/none"], "No such file"),
+    (["quantize", "{pylm}", "{tmp}/out", "--scheme", "w4a16", "--recipe", "gptq"], "give --calibrate FILE"),
+    (["quantize", "{pylm}", "{tmp}/out", "--scheme", "w4a16", "--recipe", "best"], "unknown recipe 'best'"),
+    (["quantize", "{pylm}", "{tmp}/out", "--scheme", "w4a16", "--calibrate", "{pylm}/calib.txt"], "give --recipe R"),
+    (
+        [*"quantize {pylm} {tmp}/out --scheme w4a16 --recipe gptq --calibrate {pylm}/generation_config.json".split()],
+        "calibration takes windows of 512",
+    ),
     (["perplexity", "{pylm}", "--text", "{tmp}/none"], "No such file"),
     (["perplexity", "{pylm}", "--text", "{pylm}/config.json", "--tokenizer", "{tmp}"], "tokenizer.json: no such file"),
     (["perplexity", "{pylm}", "--text", "{pylm}/generation_config.json"], "expected at least one window"),
@@ -138,6 +145,18 @@ def test_quantize_writes_a_folder_that_load_reads(int4: Path) -> None:
     found = list(layers(load(int4)))
     assert {str(layer.kernel.scheme) for layer in found} == {"w4a16:group_size=128"}
     assert sum(layer.kernel.nbytes for layer in found) == INT4_BYTES
+
+
+def test_quantize_by_a_recipe_looks_at_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calibration = ["--recipe", "gptq", "--calibrate", PYLM / "calib.txt", "--windows", "1"]
+    (tmp_path / "rules").write_text("layers/0/self_attn/[qk]_proj w4a16")
+    out = run(capsys, "quantize", PYLM, tmp_path / "out", "--rules", tmp_path / "rules", *calibration)
+    assert "2 of 28" in out
+    run(capsys, "convert", tmp_path / "out", tmp_path / "gptq", "--to", "gptq")
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert config["desc_act"] and config["sym"] and config["bits"] == 4
+    ours, theirs = (load(tmp_path / name).layers[0].self_attn.k_proj.kernel.get_value() for name in ("out", "gptq"))
+    assert np.array_equal(ours.dequantize(), theirs.dequantize())
 
 
 def test_quantize_says_what_became_of_the_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,251 @@
+"""`calibrate`: a model and batches of its input -> the model quantized by a recipe, layer after layer."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qjax.calibration import linen_model, nnx_model
+from qjax.calibration.fold import Norms
+from qjax.calibration.layer import Layer, factors_of, quantize_layer
+from qjax.calibration.moments import Statistics, add, measure
+from qjax.calibration.program import Input, Program, trace
+from qjax.calibration.recipe import Recipe, as_recipe
+from qjax.calibration.segments import Segment, Stage, Unit, advance, cut, start
+from qjax.calibration.subject import Subject
+from qjax.errors import CalibrationError
+from qjax.flax_kernel import KernelLayout, home_of, layout_of, shards_of_k
+from qjax.progress import track
+from qjax.qtensor import QTensor
+from qjax.quantize import quantize_array
+from qjax.sharding import shardings
+
+
+def calibrate(
+    model: Any,
+    batches: Iterable[Any] | None,
+    recipe: Recipe | str = "gptq",
+    scheme_or_rules: Any = "w4a16",
+    *,
+    params: Any = None,
+    partial_groups: bool = False,
+    progress: bool | None = None,
+    **apply_options: Any,
+) -> Any:
+    """Quantizes a model by a recipe that looks at what enters its layers.
+
+    The model is traced once and cut where the inputs of its layers are known. Each piece runs once on every batch,
+    behind layers that are quantized by then; what lies between pieces is kept, on the devices where it lies. Layers
+    under jit, remat, scan and vmap are reached; those that share an input (q, k and v) are quantized together. An
+    embedding that a rule names and that meets no query is rounded to nearest.
+
+    Args:
+      model: a linen module, or an nnx module, which is changed in place once all is done.
+      batches: of one shape; each a tuple of the model's arguments, or the only one. None for recipes without data.
+      recipe: a `qjax.calibration.Recipe` or its string.
+      scheme_or_rules: as of `qjax.quantize`.
+      params: of a linen module, as of `qjax.quantize`.
+      partial_groups: allow a short last group where the group size does not divide K.
+      progress: True, False, or None for a bar on a terminal when the work takes longer than two seconds.
+      **apply_options: further arguments of a linen model's `apply`.
+
+    Returns:
+      The nnx module; of a linen module the params with QTensors for kernels.
+
+    Raises:
+      CalibrationError: no batch, batches of several shapes, a layer that no batch reaches, NaN or inf in what enters
+        one (layer and batch named), a recipe that does not fit a scheme.
+      RuleError, QuantizeError: as `qjax.quantize` and `qjax.nnx.quantize`.
+      NotImplementedError: a layer inside of a construct that is not looked into (while, cond, shard_map).
+    """
+    recipe = as_recipe(recipe)
+    given = _check_batches(batches, recipe)
+    subject = _subject(model, params, scheme_or_rules, given, apply_options)
+    run = _Calibration(subject, recipe, partial_groups)
+    if recipe.needs_data:
+        run.with_data(given, progress)
+    else:
+        run.without_data(progress)
+    return subject.install(run.kernels(), run.norms)
+
+
+def _check_batches(batches: Iterable[Any] | None, recipe: Recipe) -> list[tuple[Any, ...]]:
+    found = [batch if isinstance(batch, tuple) else (batch,) for batch in batches or ()]
+    if not found and recipe.needs_data:
+        raise CalibrationError(f"recipe {recipe} looks at what enters layers: give at least one batch, got none")
+    shapes = [[(np.shape(a), np.dtype(a.dtype).name) for a in jax.tree.leaves(batch)] for batch in found]
+    for number, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise CalibrationError(f"batch {number} has {shape}, batch 0 {shapes[0]}: batches have to be of one shape")
+    return found
+
+
+def _subject(
+    model: Any, params: Any, scheme_or_rules: Any, batches: Sequence[tuple[Any, ...]], options: Mapping[str, Any]
+) -> Subject:
+    if isinstance(model, nnx.Module):
+        if params is not None or options:
+            raise CalibrationError(f"params and {sorted(options)} are for a linen module; an nnx one has its own")
+        return nnx_model.subject(model, scheme_or_rules)
+    if params is None:
+        raise CalibrationError(f"{type(model).__name__} is no nnx module; give params= of a linen one")
+    return linen_model.subject(model, params, scheme_or_rules, batches[0] if batches else None, options)
+
+
+@dataclasses.dataclass
+class _Calibration:
+    """What has been done so far.
+
+    Attributes:
+      subject, recipe, partial_groups: the task.
+      leaves: the params, quantized kernels dequantized.
+      layouts: of the kernels.
+      found: the layers' QTensors.
+      norms: leaves that took up factors, as they will be.
+    """
+
+    subject: Subject
+    recipe: Recipe
+    partial_groups: bool
+    leaves: list[jax.Array] = dataclasses.field(init=False)
+    layouts: dict[int, KernelLayout] = dataclasses.field(init=False)
+    found: dict[Unit, QTensor] = dataclasses.field(default_factory=dict)
+    norms: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.leaves = list(self.subject.leaves)
+        targets = self.subject.targets.items()
+        self.layouts = {leaf: layout_of(target.path, self.leaves[leaf].shape, target.use) for leaf, target in targets}
+
+    def kernels(self) -> dict[int, QTensor]:
+        """The QTensor of each kernel, where the kernel was."""
+        made = {}
+        for leaf, layout in self.layouts.items():
+            w = layout.assemble(functools.partial(self._one, leaf))
+            home = home_of(self.subject.leaves[leaf])
+            where = self.subject.targets[leaf].path
+            made[leaf] = w if home is None else jax.device_put(w, shardings(w, *home, where=where))
+        return made
+
+    def _one(self, leaf: int, index: tuple[int, ...]) -> QTensor:
+        return self.found[leaf, index]
+
+    def without_data(self, progress: bool | None) -> None:
+        """Layer by layer, none of them called."""
+        units = [(leaf, index) for leaf, layout in self.layouts.items() for index in np.ndindex(*layout.stack)]
+        for unit in track(units, "quantizing", show=progress):
+            self.found[unit] = jax.block_until_ready(quantize_layer(self._layer(unit), None, self.recipe))
+
+    def with_data(self, batches: list[tuple[Any, ...]], progress: bool | None) -> None:
+        """Along the model, every piece of it on all batches."""
+        program = trace(self.subject.call, self.leaves, batches[0], self.subject.targets)
+        self._check_reached(program)
+        norms = Norms.of(program)
+        segments = cut(program)
+        frontiers = [start(program, batch) for batch in batches]
+        floats = list(frontiers) if self.recipe.outputs == "float" else None
+        kept: dict[Input, Statistics] = {}
+        for segment in track(segments, "calibrating", show=progress):
+            for number in range(len(batches)):
+                seen, frontiers[number] = advance(segment, self.leaves, frontiers[number])
+                aims: dict[Input, jax.Array] = {}
+                if floats is not None:
+                    aims, floats[number] = advance(segment, self.subject.leaves, floats[number])
+                for key, x in seen.items():
+                    one = measure(x, aims.get(key), jnp.int32(number), key.contracted, key.stacked)
+                    kept[key] = add(kept[key], one) if key in kept else one
+            for stage in segment.stages:
+                total = functools.reduce(add, [kept[key] for key in stage.inputs])
+                self._quantize(stage, total, norms)
+            _forget(kept, segments, segment)
+
+    def _check_reached(self, program: Program) -> None:
+        """Raises for kernels that nothing enters; tables among them are rounded to nearest."""
+        reached = {tap.leaf for tap in program.taps}
+        for leaf, target in self.subject.targets.items():
+            if leaf in reached:
+                continue
+            if not target.is_table:
+                raise CalibrationError(f"{target.path}: no batch reaches this layer; leave it out by a rule")
+            for index in np.ndindex(*self.layouts[leaf].stack):
+                layer = self._layer((leaf, index))
+                self._put((leaf, index), quantize_array(layer.weight, layer.scheme, where=layer.where))
+
+    def _layer(self, unit: Unit) -> Layer:
+        leaf, index = unit
+        target, kernel = self.subject.targets[leaf], self.subject.leaves[leaf]
+        home, pieces = home_of(kernel), target.rule.k_pieces
+        if home is not None and pieces == 1:
+            pieces = shards_of_k(*home, kernel.shape, target.use)
+        where = f"{target.path}{list(index)}" if index else target.path
+        assert target.rule.scheme is not None, target.path
+        partial = self.partial_groups or target.rule.partial_groups
+        return Layer(where, self.layouts[leaf].matrix(kernel, index), target.rule.scheme, partial, pieces)
+
+    def _put(self, unit: Unit, w: QTensor, factors: jax.Array | None = None) -> None:
+        """Keeps a layer's QTensor, and has the model go on with it; a norm will have divided x by `factors`."""
+        self.found[unit] = w
+        leaf, index = unit
+        if factors is not None:
+            w = dataclasses.replace(w, input_scale=1 / factors)
+        kernel = _dequantized(self.layouts[leaf].like_kernel(w), self.leaves[leaf].dtype)
+        self.leaves[leaf] = self.leaves[leaf].at[index].set(kernel) if index else kernel
+
+    def _quantize(self, stage: Stage, statistics: Statistics, norms: Norms) -> None:
+        """The kernels of a stage, one stacked layer after another."""
+        leaf, index = stage.units[0]
+        for inner in np.ndindex(*self.layouts[leaf].stack[len(index) :]):
+            units = [(leaf, (*index, *inner)) for leaf, index in stage.units]
+            layers = [self._layer(unit) for unit in units]
+            one = statistics.at(inner)
+            if (bad := int(one.bad)) >= 0:
+                raise CalibrationError(f"{layers[0].where}: batch {bad} brings NaN or inf to this layer")
+            for unit, (w, folded) in zip(units, self._scaled(stage, layers, one, norms), strict=True):
+                self._put(unit, w, folded)
+
+    def _scaled(
+        self, stage: Stage, layers: list[Layer], statistics: Statistics, norms: Norms
+    ) -> list[tuple[QTensor, jax.Array | None]]:
+        """The QTensors of layers that share an input, each with the factors that a norm took up."""
+        scaling = self.recipe.scaling
+        norm = None
+        if scaling is not None and len(stage.inputs) == 1:
+            norm = norms.weight_before(stage.inputs[0], len(stage.units), self.leaves)
+        if scaling is None or (norm is None and scaling.unfolded == "skip"):
+            return [(quantize_layer(layer, statistics, self.recipe), None) for layer in layers]
+        factors = factors_of(layers, statistics, self.recipe)
+        if norm is not None:
+            factors = self._fold(norm, factors)
+        scaled = [dataclasses.replace(a, weight=a.weight * factors[:, None]) for a in layers]
+        found = [quantize_layer(layer, statistics.divided(factors), self.recipe) for layer in scaled]
+        found = [dataclasses.replace(w, dtype=a.weight.dtype) for w, a in zip(found, layers, strict=True)]
+        if norm is not None:
+            return [(w, factors) for w in found]
+        return [(dataclasses.replace(w, input_scale=1 / factors), None) for w in found]
+
+    def _fold(self, norm: Unit, factors: jax.Array) -> jax.Array:
+        """Divides a norm's weight; the factors that this comes to in its dtype."""
+        leaf, index = norm
+        whole = self.norms.get(leaf, self.subject.leaves[leaf])
+        before = whole[index].astype(jnp.float32)
+        after = (before / factors).astype(whole.dtype)
+        self.norms[leaf] = whole.at[index].set(after)
+        return jnp.where(after == 0, 1.0, before / jnp.where(after == 0, 1, after).astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantized(w: QTensor, dtype: np.dtype) -> jax.Array:
+    return w.dequantize(dtype)
+
+
+def _forget(kept: dict[Input, Statistics], segments: Sequence[Segment], done: Segment) -> None:
+    """Drops statistics that no stage after `done` waits for."""
+    later = segments[segments.index(done) + 1 :]
+    waited = {key for segment in later for stage in segment.stages for key in stage.inputs}
+    for key in [key for key in kept if key not in waited]:
+        del kept[key]
