@@ -1,0 +1,355 @@
+"""y = residual + activation(x @ w + bias) on Hopper, with weights of 4 bits in the packed order.
+
+    y[m, n] = sum_k x[m, k] * (code[n, k] - zero_point[n, k // g]) * scale[n, k // g]
+
+Operands
+    x          bfloat16 or float16 [M, K]
+    packed     uint32 [N, B, 16], B = ceil(K / 128): the packed order
+    scale      float16, bfloat16, float32 [N, ceil(K / g)], g = 16, 32, 64 or a multiple of 128; or [1, 1]
+    zero_point int8, like scale; bias [N]; residual [M, N]; global_scale float32 [] or [N]
+
+Work: a program owns `rows` of the weight, `tile_m` of x and a share of K (`split_k`). Its warpgroups:
+
+    producer    TMA: codes [rows, 256], x [tile_m, 256] ──▶ ring of stages in shared memory;
+                its lanes: scales, zero points ──▶ float32, pairs, by group (`columns`)
+    consumers   words ──LDS.128──▶ registers ──`operand`──▶ values [64, 128] ──wgmma, x from shared memory──▶ part [64, tile_m]
+                total += part * scale
+
+The weight is the operand that stays in registers, the product is `y.T`: 64 rows of the weight are what `wgmma` has at
+least, 8 rows of x are enough for its other side. Consumers lie `row_groups` side by side and `k_groups` behind one
+another; the latter add their totals in shared memory, shares of K in the XLA fusion that finishes.
+
+N and K may be anything: the copy engine fills what lies outside with zeros and does not write there. Only x with a K
+that is no multiple of 8 is copied, padded, and a result with rows of no whole 16 bytes is padded and cut.
+
+Launch: programmatic. While the kernel before ends, programs set up their barriers and ask for their first codes to come
+into the L2, which is right whoever writes them; they wait for it before they read anything.
+
+Numerics: products of codes and x are exact in the tensor cores, sums float32, one rounding, of the result.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.finish import finish
+from pallas_kernels.mosaic import accumulate, columns, operand
+from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, VALUES, WORDS, WORDS_A_BLOCK
+from pallas_kernels.mosaic.tiles import STAGE, Tile, candidates, decode_tile
+
+_BLOCKS = STAGE // BLOCK  # of a stage
+
+
+def unsupported(
+    m: int, k: int, n: int, *, weight: str, group: int, block_n: int, x_dtype: str, x_format: str | None,
+    scale_dtype: str, transposed: bool, **_: Any,
+) -> str | None:  # fmt: skip
+    """Why this kernel cannot do a product, or None."""
+    if transposed:
+        return "it multiplies by the weight, not by its transpose"
+    if x_format is not None or x_dtype not in ("bfloat16", "float16"):
+        return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
+    if block_n not in (1, n) or (block_n == n != 1 and group < k):
+        return f"its scales belong to one row or to all, not to {block_n} rows"
+    if group < k and group not in (16, 32, 64) and group % BLOCK:
+        return f"groups of {group}: it knows 16, 32, 64 and multiples of 128"
+    if scale_dtype not in ("float16", "bfloat16", "float32"):
+        return f"it takes scales in 16 or 32 bits, not in {scale_dtype}"
+    return None
+
+
+def _entries(group: int, zero_point: bool) -> int:
+    """32-bit entries of a row in a stage: of scales and of zero points."""
+    return _BLOCKS * max(1, BLOCK // group) * (1 + zero_point)
+
+
+def configs(
+    m: int, k: int, n: int, *, group: int, smem: int, sms: int, symmetric: bool, **_: Any
+) -> list[dict[str, int]]:
+    """Configurations worth measuring."""
+    return [dataclasses.asdict(tile) for tile in candidates(m, n, k, _entries(group, not symmetric), sms, smem)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Static facts of one call."""
+
+    m: int
+    n: int
+    blocks: int  # of 128 columns along K
+    group: int  # elements that share a scale; all of K, rounded up, where a row has one
+    zeros: bool
+    tile: Tile
+    interpret: bool
+
+    @property
+    def pieces(self) -> int:
+        """Groups in a block of 128, each a product of its own."""
+        return max(1, BLOCK // self.group)
+
+    @property
+    def width(self) -> int:
+        """Columns of a product."""
+        return BLOCK // self.pieces
+
+    @property
+    def rounds(self) -> int:
+        """Stages that a program has: as many for each of its warpgroups along K."""
+        tile = self.tile
+        return -(-self.blocks // (_BLOCKS * tile.split_k * tile.k_groups)) * tile.k_groups
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Programs along M, N and K. Neighbours share their rows of the weight, which come from memory once."""
+        return -(-self.m // self.tile.tile_m), -(-self.n // self.tile.rows), self.tile.split_k
+
+    @property
+    def swizzle(self) -> tuple[Any, Any]:
+        """How x lies in shared memory: in tiles of as many columns as a product has, at most 64."""
+        columns_of_tile = min(64, self.width)
+        return plgpu.TilingTransform((8, columns_of_tile)), plgpu.SwizzleTransform(2 * columns_of_tile)
+
+
+_CODES = (plgpu.TilingTransform((8, WORDS_A_BLOCK)), plgpu.SwizzleTransform(4 * WORDS_A_BLOCK))
+
+
+def _entry_of(plan: _Plan, ref: Any, stage: jax.Array, index: int) -> jax.Array:
+    """Which column of scales is number `index` of a stage's."""
+    column = (
+        stage * (_BLOCKS * plan.pieces) + index
+        if plan.group <= BLOCK
+        else (stage * _BLOCKS + index) // (plan.group // BLOCK)
+    )
+    return jnp.minimum(column, ref.shape[1] - 1)
+
+
+def _bring_columns(
+    plan: _Plan, refs: dict[str, Any], first_row: jax.Array, stage: jax.Array, dtype: str
+) -> list[jax.Array]:
+    """A stage's scales and zero points as entries `[column_rows]`, in the order of `_store_columns`."""
+    found = []
+    for name, ref in refs.items():
+        for index in range(_BLOCKS * plan.pieces):
+            column = _entry_of(plan, ref, stage, index)
+            raw = columns.read(ref, first_row, column, plan.tile.column_rows, plan.interpret)
+            found.append(raw.astype(jnp.float32) if name == "scale" else operand.minus(raw.astype(jnp.int32), dtype))
+    return found
+
+
+def _produce(plan: _Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, refs: dict[str, Any], s: Any) -> None:
+    """The producer's part: fills stage after stage."""
+    tile, (first_x, first_row, first_stage) = plan.tile, at
+    rows = pl.ds(first_row, tile.rows)
+    words = _BLOCKS * WORDS_A_BLOCK
+
+    def codes_of(i: Any) -> Any:
+        return w_ref.at[rows, pl.ds((first_stage + i) * words, words)]
+
+    if not plan.interpret:  # which knows neither
+        for i in range(min(tile.stages, plan.rounds)):
+            plgpu.async_prefetch(codes_of(i))
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
+
+    def fill(i: jax.Array, entries: list[jax.Array]) -> list[jax.Array]:
+        slot = jax.lax.rem(i, jnp.int32(tile.stages))
+
+        @pl.when(i >= tile.stages)
+        def _() -> None:
+            plgpu.barrier_wait(s["empty"].at[slot])
+
+        plgpu.copy_gmem_to_smem(codes_of(i), s["w"].at[slot], s["full"].at[slot])
+        x = x_ref.at[pl.ds(first_x, tile.tile_m), pl.ds((first_stage + i) * STAGE, STAGE)]
+        plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot])
+        for name, first in (("scale", 0), ("zero", len(entries) // 2))[: len(refs)]:
+            for index in range(_BLOCKS * plan.pieces):
+                s[name][slot, index] = entries[first + index]
+        plgpu.barrier_arrive(s["full"].at[slot])
+        return _bring_columns(plan, refs, first_row, first_stage + i + 1, x_ref.dtype.name)
+
+    entries = _bring_columns(plan, refs, first_row, first_stage, x_ref.dtype.name)
+    jax.lax.fori_loop(0, plan.rounds, fill, entries)
+
+    @pl.loop(max(tile.stages, plan.rounds), plan.rounds + tile.stages)  # until all that was filled was read
+    def _(i: jax.Array) -> None:
+        plgpu.barrier_wait(s["empty"].at[jax.lax.rem(i, jnp.int32(tile.stages))])
+
+
+def _part(plan: _Plan, values: jax.Array, x: Any) -> jax.Array:
+    """`values @ x.T`, float32 `[64, tile_m]`."""
+    if plan.interpret:
+        return values.astype(jnp.float32) @ x[...].astype(jnp.float32).T
+
+    def scope(sums: Any) -> jax.Array:
+        plgpu.wgmma(sums, values, x.T)
+        return sums[...]
+
+    return pl.run_scoped(scope, plgpu.ACC((ROWS, plan.tile.tile_m), jnp.float32))
+
+
+def _consume(plan: _Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s: Any) -> jax.Array:
+    """A consumer's part: its sums, float32 `[64, tile_m]`."""
+    tile = plan.tile
+    rows = pl.ds(row_group * ROWS, ROWS)
+
+    def step(i: jax.Array, total: jax.Array) -> jax.Array:
+        slot = jax.lax.rem(i * tile.k_groups + k_group, jnp.int32(tile.stages))
+        plgpu.barrier_wait(s["full"].at[slot])
+        for block in range(_BLOCKS):
+            words = s["w"].at[slot, rows, pl.ds(block * WORDS_A_BLOCK, WORDS_A_BLOCK)]
+            words = plgpu.load(words, layout=WORDS)
+            for piece in range(plan.pieces):
+                index, first = block * plan.pieces + piece, block * BLOCK + piece * plan.width
+                zero = None
+                if plan.zeros:
+                    zero = plgpu.load(s["zero"].at[slot, index, rows], layout=OF_ROWS, optimized=False)
+                values = operand.values(words, zero, dtype, piece, plan.pieces, plan.interpret)
+                part = _part(plan, values, s["x"].at[slot, :, pl.ds(first, plan.width)])
+                scale = plgpu.load(s["scale"].at[slot, index, rows], layout=OF_ROWS, optimized=False)
+                total = accumulate.add_scaled(total, part, scale, plan.interpret)
+        plgpu.barrier_arrive(s["empty"].at[slot])
+        return total
+
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, tile.tile_m), jnp.float32), VALUES)
+    return jax.lax.fori_loop(0, plan.rounds // tile.k_groups, step, zeros)
+
+
+def _together(plan: _Plan, row_group: jax.Array, k_group: jax.Array, total: jax.Array, s: Any) -> jax.Array:
+    """The sums of warpgroups behind one another, for the first of them."""
+
+    @pl.when(k_group > 0)
+    def _() -> None:
+        s["sums"][k_group - 1, row_group] = total
+        plgpu.barrier_arrive(s["summed"].at[row_group])
+
+    def others() -> jax.Array:
+        plgpu.barrier_wait(s["summed"].at[row_group])
+        whole = total
+        for other in range(plan.tile.k_groups - 1):
+            whole = whole + plgpu.load(s["sums"].at[other, row_group], layout=VALUES, optimized=False)
+        return whole
+
+    return jax.lax.cond(k_group == 0, others, lambda: total)
+
+
+def _kernel(plan: _Plan, *refs: Any, **s: Any) -> None:
+    """One warpgroup of one program: see the module's docstring."""
+    tile = plan.tile
+    x_ref, w_ref, scale_ref, *zero_ref, out_ref = refs
+    along_m, along_n, _ = plan.grid
+    program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
+    first_x = jax.lax.rem(program, along_m) * tile.tile_m
+    first_row = jax.lax.rem(jax.lax.div(program, along_m), along_n) * tile.rows
+    share = jax.lax.div(program, along_m * along_n)
+    consumers = tile.row_groups * tile.k_groups
+
+    @pl.when(warpgroup == consumers)
+    def _() -> None:
+        named = {"scale": scale_ref} | {"zero": ref for ref in zero_ref}
+        _produce(plan, (first_x, first_row, share * plan.rounds), x_ref, w_ref, named, s)
+
+    @pl.when(warpgroup < consumers)
+    def _() -> None:
+        row_group = jax.lax.rem(warpgroup, tile.row_groups)
+        k_group = jax.lax.div(warpgroup, tile.row_groups)
+        total = _consume(plan, row_group, k_group, x_ref.dtype.name, s)
+        if tile.k_groups > 1:
+            total = _together(plan, row_group, k_group, total, s)
+
+        @pl.when(k_group == 0)
+        def _() -> None:
+            s["out"].at[row_group].T[...] = total.astype(out_ref.dtype)
+            plgpu.commit_smem()
+            at = out_ref.at[share, pl.ds(first_x, tile.tile_m), pl.ds(first_row + row_group * ROWS, ROWS)]
+            plgpu.copy_smem_to_gmem(s["out"].at[row_group], at)
+            plgpu.wait_smem_to_gmem(0)
+
+
+def _scratch(plan: _Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
+    """Shared memory and barriers of a program."""
+    tile, smem = plan.tile, plgpu.SMEM
+    entries = (tile.stages, _BLOCKS * plan.pieces, tile.column_rows)
+    found = dict(
+        w=smem((tile.stages, tile.rows, _BLOCKS * WORDS_A_BLOCK), jnp.uint32, transforms=_CODES),
+        x=smem((tile.stages, tile.tile_m, STAGE), x_dtype, transforms=plan.swizzle),
+        scale=smem(entries, jnp.float32),
+        out=smem((tile.row_groups, tile.tile_m, ROWS), out_dtype),
+        full=plgpu.Barrier(num_arrivals=3, num_barriers=tile.stages),
+        empty=plgpu.Barrier(num_arrivals=tile.row_groups, num_barriers=tile.stages),
+    )
+    if plan.zeros:
+        found["zero"] = smem(entries, jnp.uint32)
+    if tile.k_groups > 1:
+        found["sums"] = smem((tile.k_groups - 1, tile.row_groups, ROWS, tile.tile_m), jnp.float32)
+        found["summed"] = plgpu.Barrier(num_arrivals=tile.k_groups - 1, num_barriers=tile.row_groups)
+    return found
+
+
+def matmul(
+    x: jax.Array,
+    packed: jax.Array,
+    scale: jax.Array,
+    *,
+    weight: str,
+    group: int,
+    zero_point: jax.Array | None = None,
+    global_scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: Any = None,
+    config: dict[str, int] | None = None,
+    sms: int = 132,
+    smem: int = 227 * 1024,
+    interpret: bool = False,
+    **_: Any,
+) -> jax.Array:
+    """The product of the module's docstring.
+
+    Args:
+      weight: "int4".
+      group: elements of K that share a scale; K or more for one scale a row.
+      config: fields of `Tile`; empty takes `decode_tile` for the shape.
+      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have.
+      interpret: run in JAX's interpreter of such kernels, on any machine; it raises where they race.
+      (others: shapes and dtypes in the module's docstring)
+
+    Returns:
+      `[M, N]` in `out_dtype`, default x's.
+    """
+    (m, k), (n, blocks) = x.shape, packed.shape[:2]
+    entries = _entries(group, zero_point is not None)
+    tile = Tile(**config) if config else decode_tile(m, n, k, entries, sms, smem)
+    whole_row = scale.shape[1] == 1
+    plan = _Plan(m, n, blocks, blocks * BLOCK if whole_row else group, zero_point is not None, tile, interpret)
+    whole = tile.split_k == 1 and all(v is None for v in (global_scale, bias, activation, residual))
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    stored = out_dtype if whole else jnp.dtype(jnp.float32)
+    unit = 16 // stored.itemsize  # rows of the copy engine's arrays are whole 16 bytes
+    partial = plgpu.kernel(
+        functools.partial(_kernel, plan),
+        out_type=jax.ShapeDtypeStruct((tile.split_k, m, -(-n // unit) * unit), stored),
+        grid=(math.prod(plan.grid),),
+        grid_names=("program",),
+        num_threads=tile.row_groups * tile.k_groups + 1,
+        thread_name="warpgroup",
+        kernel_name=f"qjax_{weight}_hopper",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        scratch_types=_scratch(plan, x.dtype, stored),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(jnp.pad(x, ((0, 0), (0, -k % 8))), packed.reshape(n, -1), scale, *[] if zero_point is None else [zero_point])
+    partial = partial[:, :, :n]
+    if whole:
+        return partial[0]
+    return finish(
+        partial.sum(axis=0), out_dtype, global_scale=global_scale, bias=bias, activation=activation, residual=residual
+    )

@@ -1,0 +1,88 @@
+"""Tile sizes: what one program of the Hopper kernels computes, and a first choice of it from the shape and the chip."""
+
+import dataclasses
+
+ROWS = 64  # of the weight, a warpgroup
+STAGE = 256  # columns of K in a stage: 128 bytes of a row's codes
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A kernel's configuration.
+
+    Attributes:
+      tile_m: rows of x a program computes: 8, 16, 32, 64 or 128, a side of `wgmma`.
+      row_groups: warpgroups side by side along the weight's rows, 64 rows each.
+      k_groups: warpgroups one behind the other along K, each with every so manieth stage; their sums meet at the end.
+      split_k: programs that share an output tile, each with a part of K.
+      stages: of 256 columns, in flight from memory to shared memory; a multiple of `k_groups`.
+    """
+
+    tile_m: int
+    row_groups: int
+    k_groups: int
+    split_k: int
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight that a program computes."""
+        return ROWS * self.row_groups
+
+    @property
+    def column_rows(self) -> int:
+        """Rows for which the producer's 128 lanes bring scales: those, rounded up."""
+        return -(-self.rows // 128) * 128
+
+
+def smem_of(tile: Tile, columns: int) -> int:
+    """Shared memory of a program in bytes; `columns`: 32-bit entries of a row in a stage, of scales and zero points."""
+    stage = tile.rows * STAGE // 2 + tile.tile_m * 2 * STAGE + 4 * columns * tile.column_rows
+    sums = (tile.k_groups - 1) * tile.rows * tile.tile_m * 4
+    return tile.stages * stage + sums + tile.rows * tile.tile_m * 4 + 8 * 1024  # alignment of each array to 1024
+
+
+def _with_stages(tile: Tile, columns: int, room: int) -> Tile:
+    """The tile with as many stages as there is room for: at most six a warpgroup along K, one at least."""
+    step = tile.k_groups
+    fits = [s for s in range(step, 6 * step + 1, step) if smem_of(dataclasses.replace(tile, stages=s), columns) <= room]
+    return dataclasses.replace(tile, stages=max(fits, default=step))
+
+
+def decode_tile(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> Tile:
+    """A first choice, unmeasured: one wave of programs, each with four consumer warpgroups or nearly.
+
+    Half of the shared memory at most, where that leaves two stages: the next launch's programs fit beside this one's
+    and start while it ends.
+    """
+    tile_m = min(128, max(8, 1 << (m - 1).bit_length()))
+    tiles, rounds = -(-n // ROWS) * -(-m // tile_m), -(-k // STAGE)
+    row_groups = 2 if m > 64 else min(3, -(-tiles // sms))
+    split_k = 1
+    while 2 * split_k * tiles <= sms and rounds // (2 * split_k) >= 4:
+        split_k *= 2
+    k_groups = 1 if tile_m > 64 else {1: 4, 2: 2, 3: 1}[row_groups]
+    while k_groups > 1 and rounds // split_k < 2 * k_groups:
+        k_groups //= 2
+    tile = Tile(tile_m, row_groups, k_groups, split_k, 0)
+    half = _with_stages(tile, columns, smem // 2)
+    return half if half.stages >= 2 * k_groups else _with_stages(tile, columns, smem)
+
+
+def candidates(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> list[Tile]:
+    """Tiles worth measuring: those that fit, and that fill the chip without slivers."""
+    rounds, found = -(-k // STAGE), []
+    fitting = min(128, max(8, 1 << (m - 1).bit_length()))
+    for tile_m in sorted({fitting, min(fitting, 64)}):
+        for row_groups, k_groups in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1)):
+            for split_k in (1, 2, 4):
+                programs = -(-n // (ROWS * row_groups)) * -(-m // tile_m) * split_k
+                slivers = split_k > 1 and (rounds // split_k < 2 * k_groups or programs > 4 * sms)
+                if slivers or (tile_m > 64 and k_groups > 1):
+                    continue
+                tile = Tile(tile_m, row_groups, k_groups, split_k, 0)
+                for room in (smem // 2, smem):
+                    one = _with_stages(tile, columns, room)
+                    if smem_of(one, columns) <= smem and one not in found:
+                        found.append(one)
+    return found
