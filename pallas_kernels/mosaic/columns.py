@@ -1,8 +1,9 @@
-"""Scales and zero points: columns of `[N, groups]`, brought by the producer into shared memory as the product needs them.
+"""Scales and zero points: columns of `[N, groups]`, brought by the producer into shared memory, ready for use.
 
-A row's entries are no multiple of 16 bytes in general, so that the copy engine cannot fetch a tile of them. The warpgroup
-that feeds it has 128 idle lanes: each loads the entries of its rows, turns them into 32 bits, float32 or a pair of 16-bit
-floats, and stores them by group, where the warps that multiply read them with no conflict and nothing left to convert.
+A row's entries are no multiple of 16 bytes in general, so that the copy engine cannot fetch a tile of them. The
+warpgroup that feeds it has 128 idle lanes: each loads the entries of its rows, turns them into 32 bits, float32 or a
+pair of 16-bit floats, and stores them by group, where the warps that multiply read them with no conflict and nothing
+left to convert.
 """
 
 from typing import Any

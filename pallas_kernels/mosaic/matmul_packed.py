@@ -12,8 +12,8 @@ Work: a program owns `rows` of the weight, `tile_m` of x and a share of K (`spli
 
     producer    TMA: codes [rows, 256], x [tile_m, 256] ──▶ ring of stages in shared memory;
                 its lanes: scales, zero points ──▶ float32, pairs, by group (`columns`)
-    consumers   words ──LDS.128──▶ registers ──`operand`──▶ values [64, 128] ──wgmma, x from shared memory──▶ part [64, tile_m]
-                total += part * scale
+    consumers   words ──LDS.128──▶ registers ──`operand`──▶ values [64, 128]
+                ──wgmma, x from shared memory──▶ part [64, tile_m];  total += part * scale
 
 The weight is the operand that stays in registers, the product is `y.T`: 64 rows of the weight are what `wgmma` has at
 least, 8 rows of x are enough for its other side. Consumers lie `row_groups` side by side and `k_groups` behind one
@@ -41,7 +41,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.finish import finish
 from pallas_kernels.mosaic import accumulate, columns, operand
-from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, VALUES, WORDS, WORDS_A_BLOCK
+from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, SINGLE, VALUES, WORDS, WORDS_A_BLOCK
 from pallas_kernels.mosaic.tiles import STAGE, Tile, candidates, decode_tile
 
 _BLOCKS = STAGE // BLOCK  # of a stage
@@ -113,11 +113,15 @@ class _Plan:
     @property
     def swizzle(self) -> tuple[Any, Any]:
         """How x lies in shared memory: in tiles of as many columns as a product has, at most 64."""
-        columns_of_tile = min(64, self.width)
-        return plgpu.TilingTransform((8, columns_of_tile)), plgpu.SwizzleTransform(2 * columns_of_tile)
+        return _tiles(min(64, self.width), 2)
 
 
-_CODES = (plgpu.TilingTransform((8, WORDS_A_BLOCK)), plgpu.SwizzleTransform(4 * WORDS_A_BLOCK))
+def _tiles(width: int, itemsize: int) -> tuple[Any, Any]:
+    """Tiles of eight rows in shared memory, their 16-byte pieces permuted by row, so that no bank is met twice."""
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * itemsize)  # type: ignore[abstract]
+
+
+_CODES = _tiles(WORDS_A_BLOCK, 4)
 
 
 def _entry_of(plan: _Plan, ref: Any, stage: jax.Array, index: int) -> jax.Array:
@@ -164,6 +168,7 @@ def _produce(plan: _Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, ref
         @pl.when(i >= tile.stages)
         def _() -> None:
             plgpu.barrier_wait(s["empty"].at[slot])
+            plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
 
         plgpu.copy_gmem_to_smem(codes_of(i), s["w"].at[slot], s["full"].at[slot])
         x = x_ref.at[pl.ds(first_x, tile.tile_m), pl.ds((first_stage + i) * STAGE, STAGE)]
@@ -182,38 +187,51 @@ def _produce(plan: _Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, ref
         plgpu.barrier_wait(s["empty"].at[jax.lax.rem(i, jnp.int32(tile.stages))])
 
 
-def _part(plan: _Plan, values: jax.Array, x: Any) -> jax.Array:
-    """`values @ x.T`, float32 `[64, tile_m]`."""
-    if plan.interpret:
-        return values.astype(jnp.float32) @ x[...].astype(jnp.float32).T
-
-    def scope(sums: Any) -> jax.Array:
-        plgpu.wgmma(sums, values, x.T)
-        return sums[...]
-
-    return pl.run_scoped(scope, plgpu.ACC((ROWS, plan.tile.tile_m), jnp.float32))
+def _piece(
+    plan: _Plan, s: Any, slot: jax.Array, row_group: jax.Array, index: int, dtype: str
+) -> tuple[jax.Array, Any, jax.Array]:
+    """Of piece `index` of a stage: the values `[64, width]`, x `[tile_m, width]`, the scales `[64]`."""
+    block, piece = divmod(index, plan.pieces)
+    rows = pl.ds(row_group * ROWS, ROWS)
+    words = plgpu.load(s["w"].at[slot, rows, pl.ds(block * WORDS_A_BLOCK, WORDS_A_BLOCK)], layout=WORDS)
+    zero = plgpu.load(s["zero"].at[slot, index, rows], layout=OF_ROWS, optimized=False) if plan.zeros else None
+    scale = plgpu.load(s["scale"].at[slot, index, rows], layout=OF_ROWS, optimized=False)
+    x = s["x"].at[slot, :, pl.ds(index * plan.width, plan.width)]
+    return operand.values(words, zero, dtype, piece, plan.pieces, plan.interpret), x, scale
 
 
 def _consume(plan: _Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s: Any) -> jax.Array:
-    """A consumer's part: its sums, float32 `[64, tile_m]`."""
-    tile = plan.tile
-    rows = pl.ds(row_group * ROWS, ROWS)
+    """A consumer's part: its sums, float32 `[64, tile_m]`. With `ahead` a piece is decoded while
+    the one before is multiplied."""
+    tile, pieces = plan.tile, _BLOCKS * plan.pieces
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         slot = jax.lax.rem(i * tile.k_groups + k_group, jnp.int32(tile.stages))
         plgpu.barrier_wait(s["full"].at[slot])
-        for block in range(_BLOCKS):
-            words = s["w"].at[slot, rows, pl.ds(block * WORDS_A_BLOCK, WORDS_A_BLOCK)]
-            words = plgpu.load(words, layout=WORDS)
-            for piece in range(plan.pieces):
-                index, first = block * plan.pieces + piece, block * BLOCK + piece * plan.width
-                zero = None
-                if plan.zeros:
-                    zero = plgpu.load(s["zero"].at[slot, index, rows], layout=OF_ROWS, optimized=False)
-                values = operand.values(words, zero, dtype, piece, plan.pieces, plan.interpret)
-                part = _part(plan, values, s["x"].at[slot, :, pl.ds(first, plan.width)])
-                scale = plgpu.load(s["scale"].at[slot, index, rows], layout=OF_ROWS, optimized=False)
-                total = accumulate.add_scaled(total, part, scale, plan.interpret)
+
+        def multiply(*parts: Any) -> jax.Array:
+            whole, scales = total, []
+            for index in range(pieces):
+                values, x, scale = _piece(plan, s, slot, row_group, index, dtype)
+                scales.append(scale)
+                plgpu.wgmma(parts[index], values, x.T)
+                if index >= tile.ahead:
+                    part = plgpu.wgmma_accumulator_load(parts[index - tile.ahead], wait_n=tile.ahead)
+                    whole = accumulate.add_scaled(whole, part, scales[index - tile.ahead], plan.interpret)
+            return accumulate.add_scaled(whole, parts[-1][...], scales[-1], plan.interpret) if tile.ahead else whole
+
+        def multiply_plainly() -> jax.Array:
+            whole = total
+            for index in range(pieces):
+                values, x, scale = _piece(plan, s, slot, row_group, index, dtype)
+                part = values.astype(jnp.float32) @ x[...].astype(jnp.float32).T
+                whole = accumulate.add_scaled(whole, part, scale, plan.interpret)
+            return whole
+
+        if plan.interpret:  # which takes wgmma's first operand from memory alone
+            total = multiply_plainly()
+        else:
+            total = pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((ROWS, tile.tile_m), jnp.float32)] * pieces)
         plgpu.barrier_arrive(s["empty"].at[slot])
         return total
 
@@ -239,6 +257,16 @@ def _together(plan: _Plan, row_group: jax.Array, k_group: jax.Array, total: jax.
     return jax.lax.cond(k_group == 0, others, lambda: total)
 
 
+def _store(total: jax.Array, smem: Any, out: Any) -> None:
+    """Sums `[64, tile_m]` -> `[tile_m, 64]` in device memory, in its dtype; what lies outside is not written."""
+    if smem.dtype == jnp.float32:
+        total = plgpu.layout_cast(total, SINGLE)
+    smem.T[...] = total.astype(smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(smem, out)
+    plgpu.wait_smem_to_gmem(0)
+
+
 def _kernel(plan: _Plan, *refs: Any, **s: Any) -> None:
     """One warpgroup of one program: see the module's docstring."""
     tile = plan.tile
@@ -248,15 +276,20 @@ def _kernel(plan: _Plan, *refs: Any, **s: Any) -> None:
     first_x = jax.lax.rem(program, along_m) * tile.tile_m
     first_row = jax.lax.rem(jax.lax.div(program, along_m), along_n) * tile.rows
     share = jax.lax.div(program, along_m * along_n)
-    consumers = tile.row_groups * tile.k_groups
+    hand_over = tile.needs > tile.registers
+    few, many = tile.handed_over(_entries(plan.group, plan.zeros))
 
-    @pl.when(warpgroup == consumers)
-    def _() -> None:
-        named = {"scale": scale_ref} | {"zero": ref for ref in zero_ref}
+    @pl.when(warpgroup == tile.consumers)
+    def produce() -> None:
+        if hand_over:
+            plgpu.set_max_registers(few, action="decrease")
+        named = dict(zip(("scale", "zero"), (scale_ref, *zero_ref), strict=False))
         _produce(plan, (first_x, first_row, share * plan.rounds), x_ref, w_ref, named, s)
 
-    @pl.when(warpgroup < consumers)
-    def _() -> None:
+    @pl.when(warpgroup < tile.consumers)
+    def consume() -> None:
+        if hand_over:
+            plgpu.set_max_registers(many, action="increase")
         row_group = jax.lax.rem(warpgroup, tile.row_groups)
         k_group = jax.lax.div(warpgroup, tile.row_groups)
         total = _consume(plan, row_group, k_group, x_ref.dtype.name, s)
@@ -264,12 +297,10 @@ def _kernel(plan: _Plan, *refs: Any, **s: Any) -> None:
             total = _together(plan, row_group, k_group, total, s)
 
         @pl.when(k_group == 0)
-        def _() -> None:
-            s["out"].at[row_group].T[...] = total.astype(out_ref.dtype)
-            plgpu.commit_smem()
-            at = out_ref.at[share, pl.ds(first_x, tile.tile_m), pl.ds(first_row + row_group * ROWS, ROWS)]
-            plgpu.copy_smem_to_gmem(s["out"].at[row_group], at)
-            plgpu.wait_smem_to_gmem(0)
+        def store() -> None:
+            first = first_row + row_group * ROWS
+            at = out_ref.at[share, pl.ds(first_x, tile.tile_m), pl.ds(first, ROWS)]
+            _store(total, s["out"].at[row_group], at)
 
 
 def _scratch(plan: _Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
@@ -338,7 +369,7 @@ def matmul(
         out_type=jax.ShapeDtypeStruct((tile.split_k, m, -(-n // unit) * unit), stored),
         grid=(math.prod(plan.grid),),
         grid_names=("program",),
-        num_threads=tile.row_groups * tile.k_groups + 1,
+        num_threads=tile.consumers + 1,
         thread_name="warpgroup",
         kernel_name=f"qjax_{weight}_hopper",
         compiler_params=plgpu.CompilerParams(

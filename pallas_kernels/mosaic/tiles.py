@@ -1,8 +1,10 @@
 """Tile sizes: what one program of the Hopper kernels computes, and a first choice of it from the shape and the chip."""
 
 import dataclasses
+import itertools
 
 ROWS = 64  # of the weight, a warpgroup
+_REGISTERS = 65536  # of a multiprocessor
 STAGE = 256  # columns of K in a stage: 128 bytes of a row's codes
 
 
@@ -16,6 +18,7 @@ class Tile:
       k_groups: warpgroups one behind the other along K, each with every so manieth stage; their sums meet at the end.
       split_k: programs that share an output tile, each with a part of K.
       stages: of 256 columns, in flight from memory to shared memory; a multiple of `k_groups`.
+      ahead: 1 where a warpgroup decodes the next piece while one is multiplied, 0 where it waits: fewer registers.
     """
 
     tile_m: int
@@ -23,11 +26,36 @@ class Tile:
     k_groups: int
     split_k: int
     stages: int
+    ahead: int
 
     @property
     def rows(self) -> int:
         """Rows of the weight that a program computes."""
         return ROWS * self.row_groups
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply; one more brings what they need."""
+        return self.row_groups * self.k_groups
+
+    @property
+    def needs(self) -> int:
+        """Registers of a consumer's thread, more or less: totals, sums and values of one piece or two, the rest."""
+        return self.tile_m // 2 + (1 + self.ahead) * (self.tile_m // 2 + 32) + 44
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread as the kernel starts, where all threads have as many."""
+        return min(255, _REGISTERS // (128 * (self.consumers + 1)) // 8 * 8)
+
+    def handed_over(self, columns: int) -> tuple[int, int]:
+        """Registers of a thread of the producer and of a consumer, once the one has given the others what it can spare.
+
+        The producer keeps `columns` 32-bit entries of each of a lane's rows.
+        """
+        producer = 40 + columns * self.column_rows // 128 // 8 * 8
+        left = self.registers * (self.consumers + 1) - producer
+        return producer, min(240, left // self.consumers // 8 * 8)
 
     @property
     def column_rows(self) -> int:
@@ -49,6 +77,11 @@ def _with_stages(tile: Tile, columns: int, room: int) -> Tile:
     return dataclasses.replace(tile, stages=max(fits, default=step))
 
 
+def _ahead_if_it_fits(tile: Tile, columns: int) -> Tile:
+    fits = tile.needs <= max(tile.registers, tile.handed_over(columns)[1])
+    return tile if fits else dataclasses.replace(tile, ahead=0)
+
+
 def decode_tile(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> Tile:
     """A first choice, unmeasured: one wave of programs, each with four consumer warpgroups or nearly.
 
@@ -64,7 +97,7 @@ def decode_tile(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> Ti
     k_groups = 1 if tile_m > 64 else {1: 4, 2: 2, 3: 1}[row_groups]
     while k_groups > 1 and rounds // split_k < 2 * k_groups:
         k_groups //= 2
-    tile = Tile(tile_m, row_groups, k_groups, split_k, 0)
+    tile = _ahead_if_it_fits(Tile(tile_m, row_groups, k_groups, split_k, 0, 1), columns)
     half = _with_stages(tile, columns, smem // 2)
     return half if half.stages >= 2 * k_groups else _with_stages(tile, columns, smem)
 
@@ -80,9 +113,9 @@ def candidates(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> lis
                 slivers = split_k > 1 and (rounds // split_k < 2 * k_groups or programs > 4 * sms)
                 if slivers or (tile_m > 64 and k_groups > 1):
                     continue
-                tile = Tile(tile_m, row_groups, k_groups, split_k, 0)
-                for room in (smem // 2, smem):
-                    one = _with_stages(tile, columns, room)
+                tile = _ahead_if_it_fits(Tile(tile_m, row_groups, k_groups, split_k, 0, 1), columns)
+                for ahead, room in itertools.product({0, tile.ahead}, (smem // 2, smem)):
+                    one = _with_stages(dataclasses.replace(tile, ahead=ahead), columns, room)
                     if smem_of(one, columns) <= smem and one not in found:
                         found.append(one)
     return found
