@@ -19,8 +19,8 @@ The weight is the operand that stays in registers, the product is `y.T`: 64 rows
 least, 8 rows of x are enough for its other side. Consumers lie `row_groups` side by side and `k_groups` behind one
 another; the latter add their totals in shared memory, shares of K in the XLA fusion that finishes.
 
-N and K may be anything: the copy engine fills what lies outside with zeros and does not write there. Only x with a K
-that is no multiple of 8 is copied, padded, and a result with rows of no whole 16 bytes is padded and cut.
+N and K may be anything: the copy engine fills what lies outside with zeros and does not write there. Only x is copied,
+padded, where it is not made of tiles of 8 x 64, and a result whose rows are no whole 16 bytes is padded and cut.
 
 Launch: programmatic. While the kernel before ends, programs set up their barriers and ask for their first codes to come
 into the L2, which is right whoever writes them; they wait for it before they read anything.
@@ -42,9 +42,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.finish import finish
 from pallas_kernels.mosaic import accumulate, columns, operand
 from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, SINGLE, VALUES, WORDS, WORDS_A_BLOCK
-from pallas_kernels.mosaic.tiles import STAGE, Tile, candidates, decode_tile
-
-_BLOCKS = STAGE // BLOCK  # of a stage
+from pallas_kernels.mosaic.tiles import Tile, candidates, decode_tile
 
 
 def unsupported(
@@ -66,8 +64,8 @@ def unsupported(
 
 
 def _entries(group: int, zero_point: bool) -> int:
-    """32-bit entries of a row in a stage: of scales and of zero points."""
-    return _BLOCKS * max(1, BLOCK // group) * (1 + zero_point)
+    """32-bit entries of a row in a block: of scales and of zero points."""
+    return max(1, BLOCK // group) * (1 + zero_point)
 
 
 def configs(
@@ -95,6 +93,11 @@ class _Plan:
         return max(1, BLOCK // self.group)
 
     @property
+    def products(self) -> int:
+        """Those of a stage."""
+        return self.tile.blocks * self.pieces
+
+    @property
     def width(self) -> int:
         """Columns of a product."""
         return BLOCK // self.pieces
@@ -103,7 +106,7 @@ class _Plan:
     def rounds(self) -> int:
         """Stages that a program has: as many for each of its warpgroups along K."""
         tile = self.tile
-        return -(-self.blocks // (_BLOCKS * tile.split_k * tile.k_groups)) * tile.k_groups
+        return -(-self.blocks // (tile.blocks * tile.split_k * tile.k_groups)) * tile.k_groups
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -113,23 +116,16 @@ class _Plan:
     @property
     def swizzle(self) -> tuple[Any, Any]:
         """How x lies in shared memory: in tiles of as many columns as a product has, at most 64."""
-        return _tiles(min(64, self.width), 2)
-
-
-def _tiles(width: int, itemsize: int) -> tuple[Any, Any]:
-    """Tiles of eight rows in shared memory, their 16-byte pieces permuted by row, so that no bank is met twice."""
-    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * itemsize)  # type: ignore[abstract]
-
-
-_CODES = _tiles(WORDS_A_BLOCK, 4)
+        width = min(64, self.width)
+        return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)  # type: ignore[abstract]
 
 
 def _entry_of(plan: _Plan, ref: Any, stage: jax.Array, index: int) -> jax.Array:
     """Which column of scales is number `index` of a stage's."""
     column = (
-        stage * (_BLOCKS * plan.pieces) + index
+        stage * plan.products + index
         if plan.group <= BLOCK
-        else (stage * _BLOCKS + index) // (plan.group // BLOCK)
+        else (stage * plan.tile.blocks + index) // (plan.group // BLOCK)
     )
     return jnp.minimum(column, ref.shape[1] - 1)
 
@@ -140,7 +136,7 @@ def _bring_columns(
     """A stage's scales and zero points as entries `[column_rows]`, in the order of `_store_columns`."""
     found = []
     for name, ref in refs.items():
-        for index in range(_BLOCKS * plan.pieces):
+        for index in range(plan.products):
             column = _entry_of(plan, ref, stage, index)
             raw = columns.read(ref, first_row, column, plan.tile.column_rows, plan.interpret)
             found.append(raw.astype(jnp.float32) if name == "scale" else operand.minus(raw.astype(jnp.int32), dtype))
@@ -150,15 +146,14 @@ def _bring_columns(
 def _produce(plan: _Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, refs: dict[str, Any], s: Any) -> None:
     """The producer's part: fills stage after stage."""
     tile, (first_x, first_row, first_stage) = plan.tile, at
-    rows = pl.ds(first_row, tile.rows)
-    words = _BLOCKS * WORDS_A_BLOCK
+    rows, stage = pl.ds(first_row, tile.rows), tile.blocks * BLOCK
 
-    def codes_of(i: Any) -> Any:
-        return w_ref.at[rows, pl.ds((first_stage + i) * words, words)]
+    def codes_of(i: Any, blocks: int) -> Any:
+        return w_ref.at[rows, pl.ds((first_stage * tile.blocks + i) * WORDS_A_BLOCK, blocks * WORDS_A_BLOCK)]
 
     if not plan.interpret:  # which knows neither
         for i in range(min(tile.stages, plan.rounds)):
-            plgpu.async_prefetch(codes_of(i))
+            plgpu.async_prefetch(codes_of(tile.blocks * i, tile.blocks))
         plgpu.griddepcontrol_wait()
         plgpu.griddepcontrol_launch_dependents()
 
@@ -170,11 +165,12 @@ def _produce(plan: _Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, ref
             plgpu.barrier_wait(s["empty"].at[slot])
             plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
 
-        plgpu.copy_gmem_to_smem(codes_of(i), s["w"].at[slot], s["full"].at[slot])
-        x = x_ref.at[pl.ds(first_x, tile.tile_m), pl.ds((first_stage + i) * STAGE, STAGE)]
+        for block in range(tile.blocks):
+            plgpu.copy_gmem_to_smem(codes_of(tile.blocks * i + block, 1), s["w"].at[slot, block], s["full"].at[slot])
+        x = x_ref.at[pl.ds(first_x, tile.tile_m), pl.ds((first_stage + i) * stage, stage)]
         plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot])
         for name, first in (("scale", 0), ("zero", len(entries) // 2))[: len(refs)]:
-            for index in range(_BLOCKS * plan.pieces):
+            for index in range(plan.products):
                 s[name][slot, index] = entries[first + index]
         plgpu.barrier_arrive(s["full"].at[slot])
         return _bring_columns(plan, refs, first_row, first_stage + i + 1, x_ref.dtype.name)
@@ -193,7 +189,7 @@ def _piece(
     """Of piece `index` of a stage: the values `[64, width]`, x `[tile_m, width]`, the scales `[64]`."""
     block, piece = divmod(index, plan.pieces)
     rows = pl.ds(row_group * ROWS, ROWS)
-    words = plgpu.load(s["w"].at[slot, rows, pl.ds(block * WORDS_A_BLOCK, WORDS_A_BLOCK)], layout=WORDS)
+    words = plgpu.load(s["w"].at[slot, block, rows], layout=WORDS)
     zero = plgpu.load(s["zero"].at[slot, index, rows], layout=OF_ROWS, optimized=False) if plan.zeros else None
     scale = plgpu.load(s["scale"].at[slot, index, rows], layout=OF_ROWS, optimized=False)
     x = s["x"].at[slot, :, pl.ds(index * plan.width, plan.width)]
@@ -203,7 +199,7 @@ def _piece(
 def _consume(plan: _Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s: Any) -> jax.Array:
     """A consumer's part: its sums, float32 `[64, tile_m]`. With `ahead` a piece is decoded while
     the one before is multiplied."""
-    tile, pieces = plan.tile, _BLOCKS * plan.pieces
+    tile, pieces = plan.tile, plan.products
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         slot = jax.lax.rem(i * tile.k_groups + k_group, jnp.int32(tile.stages))
@@ -306,13 +302,13 @@ def _kernel(plan: _Plan, *refs: Any, **s: Any) -> None:
 def _scratch(plan: _Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
     tile, smem = plan.tile, plgpu.SMEM
-    entries = (tile.stages, _BLOCKS * plan.pieces, tile.column_rows)
+    entries = (tile.stages, plan.products, tile.column_rows)
     found = dict(
-        w=smem((tile.stages, tile.rows, _BLOCKS * WORDS_A_BLOCK), jnp.uint32, transforms=_CODES),
-        x=smem((tile.stages, tile.tile_m, STAGE), x_dtype, transforms=plan.swizzle),
+        w=smem((tile.stages, tile.blocks, tile.rows, WORDS_A_BLOCK), jnp.uint32),
+        x=smem((tile.stages, tile.tile_m, tile.blocks * BLOCK), x_dtype, transforms=plan.swizzle),
         scale=smem(entries, jnp.float32),
         out=smem((tile.row_groups, tile.tile_m, ROWS), out_dtype),
-        full=plgpu.Barrier(num_arrivals=3, num_barriers=tile.stages),
+        full=plgpu.Barrier(num_arrivals=tile.blocks + 2, num_barriers=tile.stages),
         empty=plgpu.Barrier(num_arrivals=tile.row_groups, num_barriers=tile.stages),
     )
     if plan.zeros:
@@ -321,6 +317,12 @@ def _scratch(plan: _Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
         found["sums"] = smem((tile.k_groups - 1, tile.row_groups, ROWS, tile.tile_m), jnp.float32)
         found["summed"] = plgpu.Barrier(num_arrivals=tile.k_groups - 1, num_barriers=tile.row_groups)
     return found
+
+
+def _whole_tiles(x: jax.Array) -> jax.Array:
+    """x, padded with zeros where it is not made of tiles of 8 x 64, as which the copy engine brings it."""
+    (m, k), few = x.shape, x.shape[0] <= 8  # one tile may reach beyond
+    return jnp.pad(x, ((0, 0 if few else -m % 8), (0, -k % 64)))
 
 
 def matmul(
@@ -377,7 +379,7 @@ def matmul(
         ),
         scratch_types=_scratch(plan, x.dtype, stored),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(jnp.pad(x, ((0, 0), (0, -k % 8))), packed.reshape(n, -1), scale, *[] if zero_point is None else [zero_point])
+    )(_whole_tiles(x), packed.reshape(n, -1), scale, *[] if zero_point is None else [zero_point])
     partial = partial[:, :, :n]
     if whole:
         return partial[0]

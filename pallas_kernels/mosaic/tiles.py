@@ -5,7 +5,7 @@ import itertools
 
 ROWS = 64  # of the weight, a warpgroup
 _REGISTERS = 65536  # of a multiprocessor
-STAGE = 256  # columns of K in a stage: 128 bytes of a row's codes
+BLOCK = 128  # columns of K: 64 bytes of a row's codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Tile:
       row_groups: warpgroups side by side along the weight's rows, 64 rows each.
       k_groups: warpgroups one behind the other along K, each with every so manieth stage; their sums meet at the end.
       split_k: programs that share an output tile, each with a part of K.
-      stages: of 256 columns, in flight from memory to shared memory; a multiple of `k_groups`.
+      stages: in flight from memory to shared memory; a multiple of `k_groups`.
+      blocks: of 128 columns, in a stage.
       ahead: 1 where a warpgroup decodes the next piece while one is multiplied, 0 where it waits: fewer registers.
     """
 
@@ -26,6 +27,7 @@ class Tile:
     k_groups: int
     split_k: int
     stages: int
+    blocks: int
     ahead: int
 
     @property
@@ -51,11 +53,15 @@ class Tile:
     def handed_over(self, columns: int) -> tuple[int, int]:
         """Registers of a thread of the producer and of a consumer, once the one has given the others what it can spare.
 
-        The producer keeps `columns` 32-bit entries of each of a lane's rows.
+        The producer keeps `columns` 32-bit entries of each of a lane's rows and of each block.
         """
-        producer = 40 + columns * self.column_rows // 128 // 8 * 8
+        producer = 48 + columns * self.blocks * self.column_rows // 128 // 8 * 8
         left = self.registers * (self.consumers + 1) - producer
         return producer, min(240, left // self.consumers // 8 * 8)
+
+    def fits_registers(self, columns: int) -> bool:
+        """Whether a consumer's thread has the registers that it needs."""
+        return self.needs <= max(self.registers, self.handed_over(columns)[1])
 
     @property
     def column_rows(self) -> int:
@@ -64,10 +70,12 @@ class Tile:
 
 
 def smem_of(tile: Tile, columns: int) -> int:
-    """Shared memory of a program in bytes; `columns`: 32-bit entries of a row in a stage, of scales and zero points."""
-    stage = tile.rows * STAGE // 2 + tile.tile_m * 2 * STAGE + 4 * columns * tile.column_rows
+    """Shared memory of a program in bytes; `columns`: 32-bit entries of a row in a block, of scales and zero points."""
+    block = tile.rows * BLOCK // 2 + tile.tile_m * 2 * BLOCK + 4 * columns * tile.column_rows
     sums = (tile.k_groups - 1) * tile.rows * tile.tile_m * 4
-    return tile.stages * stage + sums + tile.rows * tile.tile_m * 4 + 8 * 1024  # alignment of each array to 1024
+    return (
+        tile.stages * tile.blocks * block + sums + tile.rows * tile.tile_m * 4 + 8 * 1024
+    )  # alignment of each array to 1024
 
 
 def _with_stages(tile: Tile, columns: int, room: int) -> Tile:
@@ -78,8 +86,8 @@ def _with_stages(tile: Tile, columns: int, room: int) -> Tile:
 
 
 def _ahead_if_it_fits(tile: Tile, columns: int) -> Tile:
-    fits = tile.needs <= max(tile.registers, tile.handed_over(columns)[1])
-    return tile if fits else dataclasses.replace(tile, ahead=0)
+    ahead = dataclasses.replace(tile, ahead=1)
+    return ahead if ahead.fits_registers(columns) else tile
 
 
 def decode_tile(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> Tile:
@@ -89,33 +97,35 @@ def decode_tile(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> Ti
     and start while it ends.
     """
     tile_m = min(128, max(8, 1 << (m - 1).bit_length()))
-    tiles, rounds = -(-n // ROWS) * -(-m // tile_m), -(-k // STAGE)
+    blocks = 2 if tile_m < 128 else 1
+    tiles, rounds = -(-n // ROWS) * -(-m // tile_m), -(-k // (BLOCK * blocks))
     row_groups = 2 if m > 64 else min(3, -(-tiles // sms))
     split_k = 1
     while 2 * split_k * tiles <= sms and rounds // (2 * split_k) >= 4:
         split_k *= 2
-    k_groups = 1 if tile_m > 64 else {1: 4, 2: 2, 3: 1}[row_groups]
-    while k_groups > 1 and rounds // split_k < 2 * k_groups:
-        k_groups //= 2
-    tile = _ahead_if_it_fits(Tile(tile_m, row_groups, k_groups, split_k, 0, 1), columns)
+    k_groups = {1: 4, 2: 2, 3: 1}[row_groups]
+    tile = Tile(tile_m, row_groups, k_groups, split_k, 0, blocks, 0)
+    while tile.k_groups > 1 and (rounds // split_k < 2 * tile.k_groups or not tile.fits_registers(columns)):
+        tile = dataclasses.replace(tile, k_groups=tile.k_groups // 2)
+    tile = _ahead_if_it_fits(tile, columns)
     half = _with_stages(tile, columns, smem // 2)
-    return half if half.stages >= 2 * k_groups else _with_stages(tile, columns, smem)
+    return half if half.stages >= 2 * tile.k_groups else _with_stages(tile, columns, smem)
 
 
 def candidates(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> list[Tile]:
     """Tiles worth measuring: those that fit, and that fill the chip without slivers."""
-    rounds, found = -(-k // STAGE), []
+    found: list[Tile] = []
     fitting = min(128, max(8, 1 << (m - 1).bit_length()))
-    for tile_m in sorted({fitting, min(fitting, 64)}):
-        for row_groups, k_groups in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1)):
-            for split_k in (1, 2, 4):
-                programs = -(-n // (ROWS * row_groups)) * -(-m // tile_m) * split_k
-                slivers = split_k > 1 and (rounds // split_k < 2 * k_groups or programs > 4 * sms)
-                if slivers or (tile_m > 64 and k_groups > 1):
-                    continue
-                tile = _ahead_if_it_fits(Tile(tile_m, row_groups, k_groups, split_k, 0, 1), columns)
-                for ahead, room in itertools.product({0, tile.ahead}, (smem // 2, smem)):
-                    one = _with_stages(dataclasses.replace(tile, ahead=ahead), columns, room)
-                    if smem_of(one, columns) <= smem and one not in found:
-                        found.append(one)
+    shapes = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1))
+    sizes = sorted({fitting, min(fitting, 64)})
+    for tile_m, (row_groups, k_groups), split_k, blocks in itertools.product(sizes, shapes, (1, 2, 4), (1, 2, 4)):
+        programs = -(-n // (ROWS * row_groups)) * -(-m // tile_m) * split_k
+        slivers = split_k > 1 and (k // (BLOCK * blocks * split_k) < 2 * k_groups or programs > 4 * sms)
+        tile = Tile(tile_m, row_groups, k_groups, split_k, 0, blocks, 0)
+        if slivers or blocks * tile_m > 256 or not tile.fits_registers(columns):
+            continue
+        for ahead, room in itertools.product(range(1 + _ahead_if_it_fits(tile, columns).ahead), (smem // 2, smem)):
+            one = _with_stages(dataclasses.replace(tile, ahead=ahead), columns, room)
+            if smem_of(one, columns) <= smem and one.stages > one.k_groups and one not in found:
+                found.append(one)
     return found
