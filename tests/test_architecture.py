@@ -103,9 +103,10 @@ MAY_IMPORT = {
     # Kernels know nobody.
     "pallas_kernels": Row(),
     "pallas_kernels.finish": Row(),
+    "pallas_kernels.pairs": Row(),
     "pallas_kernels.xla.*": Row("pallas_kernels.finish"),
-    "pallas_kernels.triton.*": Row("pallas_kernels.finish"),
-    "pallas_kernels.mosaic.*": Row("pallas_kernels.finish"),
+    "pallas_kernels.triton.*": Row("pallas_kernels.finish pallas_kernels.pairs"),
+    "pallas_kernels.mosaic.*": Row("pallas_kernels.finish pallas_kernels.pairs"),
     "xla_ffi": Row(),
     "xla_ffi.cublaslt.*": Row(),
     "xla_ffi.cpu.*": Row(),
