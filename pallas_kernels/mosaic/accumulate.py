@@ -33,8 +33,10 @@ def _in_lanes(total: Any, part: Any, scale: Any) -> Any:
     return mgpu.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
 
 
-def add_scaled(total: jax.Array, part: jax.Array, scale: jax.Array, interpret: bool) -> jax.Array:
-    """`total + part * scale`, rounded once: float32 `[64, M]` in `VALUES` and `[64]` in `OF_ROWS`."""
+def add_scaled(total: jax.Array, part: jax.Array, scale: jax.Array | None, interpret: bool) -> jax.Array:
+    """`total + part * scale`, rounded once: float32 `[64, M]` in `VALUES` and `[64]` in `OF_ROWS`, None for ones."""
+    if scale is None:
+        return total + part
     if interpret:
         return total + part * scale[:, None]
     return plgpu.inline_mgpu(

@@ -1,11 +1,12 @@
-"""y = residual + activation(x @ w + bias) on Hopper, with weights of 4 bits in the packed order.
+"""y = residual + activation(x @ w + bias) on Hopper, with weights of 4 bits: int4, e2m1 (MXFP4, NVFP4), NF4, FP4.
 
-    y[m, n] = sum_k x[m, k] * (code[n, k] - zero_point[n, k // g]) * scale[n, k // g]
+    y[m, n] = sum_k x[m, k] * value(code[n, k]) * scale[n, k // g]
+    value(code) = code - zero_point, or a table's entry
 
 Operands
     x          bfloat16 or float16 [M, K]
     packed     uint32 [N, B, 16], B = ceil(K / 128): the packed order
-    scale      float16, bfloat16, float32 [N, ceil(K / g)], g = 16, 32, 64 or a multiple of 128; or [1, 1]
+    scale      float16, bfloat16, float32, e4m3 or e8m0 [N, ceil(K / g)], g = 16, 32, 64 or a multiple of 128; or [1, 1]
     zero_point int8, like scale; bias [N]; residual [M, N]; global_scale float32 [] or [N]
 
 Work: a program owns `rows` of the weight, `tile_m` of x and a share of K (`split_k`). Its warpgroups:
@@ -25,11 +26,17 @@ padded, where it is not made of tiles of 8 x 64, and a result whose rows are no 
 Launch: programmatic. While the kernel before ends, programs set up their barriers and ask for their first codes to come
 into the L2, which is right whoever writes them; they wait for it before they read anything.
 
-Numerics: products of codes and x are exact in the tensor cores, sums float32, one rounding, of the result.
+Scales multiply the float32 sums of their group, each group of a block a product of its own. e8m0 and e4m3 scales times
+e2m1 are exact in x's type: they multiply the values, and a block is one product. Integer zero points are subtracted
+from the codes where the middle code is anyway.
+
+Numerics: products of values and x are exact in the tensor cores, sums float32, one rounding, of the result. Exception:
+NF4 and FP4 values are rounded to x's type.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +50,9 @@ from pallas_kernels.finish import finish
 from pallas_kernels.mosaic import accumulate, columns, operand
 from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, SINGLE, VALUES, WORDS, WORDS_A_BLOCK
 from pallas_kernels.mosaic.tiles import Tile, candidates, decode_tile
+from pallas_kernels.pairs import MAGIC
+
+_EXACT_FACTORS = ("float8_e8m0fnu", "float8_e4m3fn")
 
 
 def unsupported(
@@ -58,8 +68,8 @@ def unsupported(
         return f"its scales belong to one row or to all, not to {block_n} rows"
     if group < k and group not in (16, 32, 64) and group % BLOCK:
         return f"groups of {group}: it knows 16, 32, 64 and multiples of 128"
-    if scale_dtype not in ("float16", "bfloat16", "float32"):
-        return f"it takes scales in 16 or 32 bits, not in {scale_dtype}"
+    if x_dtype == "float16" and scale_dtype == "float8_e8m0fnu":
+        return "e8m0 scales exceed the range of float16"
     return None
 
 
@@ -82,20 +92,27 @@ class _Plan:
     m: int
     n: int
     blocks: int  # of 128 columns along K
+    weight: str
+    scale: str  # dtype of the scales
     group: int  # elements that share a scale; all of K, rounded up, where a row has one
     zeros: bool
     tile: Tile
     interpret: bool
 
     @property
-    def pieces(self) -> int:
-        """Groups in a block of 128, each a product of its own."""
+    def groups(self) -> int:
+        """Those of a block of 128."""
         return max(1, BLOCK // self.group)
 
     @property
-    def products(self) -> int:
-        """Those of a stage."""
-        return self.tile.blocks * self.pieces
+    def scales_values(self) -> bool:
+        """Whether scales multiply the values."""
+        return self.weight == "e2m1" and self.scale in _EXACT_FACTORS
+
+    @property
+    def pieces(self) -> int:
+        """Products that a block is cut into: one for each group with a scale of its own."""
+        return 1 if self.scales_values else self.groups
 
     @property
     def width(self) -> int:
@@ -123,7 +140,7 @@ class _Plan:
 def _entry_of(plan: _Plan, ref: Any, stage: jax.Array, index: int) -> jax.Array:
     """Which column of scales is number `index` of a stage's."""
     column = (
-        stage * plan.products + index
+        stage * (plan.tile.blocks * plan.groups) + index
         if plan.group <= BLOCK
         else (stage * plan.tile.blocks + index) // (plan.group // BLOCK)
     )
@@ -132,14 +149,18 @@ def _entry_of(plan: _Plan, ref: Any, stage: jax.Array, index: int) -> jax.Array:
 
 def _bring_columns(
     plan: _Plan, refs: dict[str, Any], first_row: jax.Array, stage: jax.Array, dtype: str
-) -> list[jax.Array]:
-    """A stage's scales and zero points as entries `[column_rows]`, in the order of `_store_columns`."""
-    found = []
-    for name, ref in refs.items():
-        for index in range(plan.products):
-            column = _entry_of(plan, ref, stage, index)
-            raw = columns.read(ref, first_row, column, plan.tile.column_rows, plan.interpret)
-            found.append(raw.astype(jnp.float32) if name == "scale" else operand.minus(raw.astype(jnp.int32), dtype))
+) -> dict[str, list[jax.Array]]:
+    """A stage's scales and zero points as they are used, 32 bits each, `[column_rows]` for each group."""
+    found: dict[str, list[jax.Array]] = {name: [] for name in refs}
+    for name, index in itertools.product(refs, range(plan.tile.blocks * plan.groups)):
+        column = _entry_of(plan, refs[name], stage, index)
+        raw = columns.read(refs[name], first_row, column, plan.tile.column_rows, plan.interpret)
+        entry = columns.value(raw, plan.scale)
+        if name == "zero":
+            entry = columns.pair(-MAGIC[dtype][1] - entry, dtype, plan.interpret)
+        elif plan.scales_values:
+            entry = columns.pair(entry, dtype, plan.interpret)
+        found[name].append(entry)
     return found
 
 
@@ -157,7 +178,7 @@ def _produce(plan: _Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, ref
         plgpu.griddepcontrol_wait()
         plgpu.griddepcontrol_launch_dependents()
 
-    def fill(i: jax.Array, entries: list[jax.Array]) -> list[jax.Array]:
+    def fill(i: jax.Array, entries: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
         slot = jax.lax.rem(i, jnp.int32(tile.stages))
 
         @pl.when(i >= tile.stages)
@@ -169,9 +190,9 @@ def _produce(plan: _Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, ref
             plgpu.copy_gmem_to_smem(codes_of(tile.blocks * i + block, 1), s["w"].at[slot, block], s["full"].at[slot])
         x = x_ref.at[pl.ds(first_x, tile.tile_m), pl.ds((first_stage + i) * stage, stage)]
         plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot])
-        for name, first in (("scale", 0), ("zero", len(entries) // 2))[: len(refs)]:
-            for index in range(plan.products):
-                s[name][slot, index] = entries[first + index]
+        for name, of_groups in entries.items():
+            for index, entry in enumerate(of_groups):
+                s[name][slot, index] = entry
         plgpu.barrier_arrive(s["full"].at[slot])
         return _bring_columns(plan, refs, first_row, first_stage + i + 1, x_ref.dtype.name)
 
@@ -185,21 +206,33 @@ def _produce(plan: _Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, ref
 
 def _piece(
     plan: _Plan, s: Any, slot: jax.Array, row_group: jax.Array, index: int, dtype: str
-) -> tuple[jax.Array, Any, jax.Array]:
-    """Of piece `index` of a stage: the values `[64, width]`, x `[tile_m, width]`, the scales `[64]`."""
+) -> tuple[jax.Array, Any, jax.Array | None]:
+    """Of product `index` of a stage: the values `[64, width]`, x `[tile_m, width]`, the scales `[64]` of its sums."""
     block, piece = divmod(index, plan.pieces)
     rows = pl.ds(row_group * ROWS, ROWS)
-    words = plgpu.load(s["w"].at[slot, block, rows], layout=WORDS)
-    zero = plgpu.load(s["zero"].at[slot, index, rows], layout=OF_ROWS, optimized=False) if plan.zeros else None
-    scale = plgpu.load(s["scale"].at[slot, index, rows], layout=OF_ROWS, optimized=False)
-    x = s["x"].at[slot, :, pl.ds(index * plan.width, plan.width)]
-    return operand.values(words, zero, dtype, piece, plan.pieces, plan.interpret), x, scale
+
+    def entries(name: str, first: int, count: int) -> list[jax.Array]:
+        refs = [s[name].at[slot, i, rows] for i in range(first, first + count)]
+        return [plgpu.load(ref, layout=OF_ROWS, optimized=False) for ref in refs]
+
+    values = operand.values(
+        plgpu.load(s["w"].at[slot, block, rows], layout=WORDS),
+        weight=plan.weight,
+        dtype=dtype,
+        piece=piece,
+        pieces=plan.pieces,
+        zero=entries("zero", index, 1)[0] if plan.zeros else None,
+        factors=entries("scale", block * plan.groups, plan.groups) if plan.scales_values else [],
+        interpret=plan.interpret,
+    )
+    scale = None if plan.scales_values else entries("scale", index, 1)[0]
+    return values, s["x"].at[slot, :, pl.ds(index * plan.width, plan.width)], scale
 
 
 def _consume(plan: _Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s: Any) -> jax.Array:
-    """A consumer's part: its sums, float32 `[64, tile_m]`. With `ahead` a piece is decoded while
-    the one before is multiplied."""
-    tile, pieces = plan.tile, plan.products
+    """A consumer's part: its sums, float32 `[64, tile_m]`. With `ahead` a piece is decoded while the one before
+    is multiplied."""
+    tile, pieces = plan.tile, plan.tile.blocks * plan.pieces
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         slot = jax.lax.rem(i * tile.k_groups + k_group, jnp.int32(tile.stages))
@@ -302,11 +335,11 @@ def _kernel(plan: _Plan, *refs: Any, **s: Any) -> None:
 def _scratch(plan: _Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
     tile, smem = plan.tile, plgpu.SMEM
-    entries = (tile.stages, plan.products, tile.column_rows)
+    entries = (tile.stages, tile.blocks * plan.groups, tile.column_rows)
     found = dict(
         w=smem((tile.stages, tile.blocks, tile.rows, WORDS_A_BLOCK), jnp.uint32),
         x=smem((tile.stages, tile.tile_m, tile.blocks * BLOCK), x_dtype, transforms=plan.swizzle),
-        scale=smem(entries, jnp.float32),
+        scale=smem(entries, jnp.uint32 if plan.scales_values else jnp.float32),
         out=smem((tile.row_groups, tile.tile_m, ROWS), out_dtype),
         full=plgpu.Barrier(num_arrivals=tile.blocks + 2, num_barriers=tile.stages),
         empty=plgpu.Barrier(num_arrivals=tile.row_groups, num_barriers=tile.stages),
@@ -347,7 +380,7 @@ def matmul(
     """The product of the module's docstring.
 
     Args:
-      weight: "int4".
+      weight: "int4", "e2m1", "nf4" or "fp4".
       group: elements of K that share a scale; K or more for one scale a row.
       config: fields of `Tile`; empty takes `decode_tile` for the shape.
       sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have.
@@ -361,7 +394,10 @@ def matmul(
     entries = _entries(group, zero_point is not None)
     tile = Tile(**config) if config else decode_tile(m, n, k, entries, sms, smem)
     whole_row = scale.shape[1] == 1
-    plan = _Plan(m, n, blocks, blocks * BLOCK if whole_row else group, zero_point is not None, tile, interpret)
+    plan = _Plan(
+        m, n, blocks, weight, scale.dtype.name, blocks * BLOCK if whole_row else group, zero_point is not None, tile,
+        interpret,
+    )  # fmt: skip
     whole = tile.split_k == 1 and all(v is None for v in (global_scale, bias, activation, residual))
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     stored = out_dtype if whole else jnp.dtype(jnp.float32)
@@ -379,7 +415,7 @@ def matmul(
         ),
         scratch_types=_scratch(plan, x.dtype, stored),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(_whole_tiles(x), packed.reshape(n, -1), scale, *[] if zero_point is None else [zero_point])
+    )(_whole_tiles(x), packed.reshape(n, -1), columns.as_loaded(scale), *[] if zero_point is None else [zero_point])
     partial = partial[:, :, :n]
     if whole:
         return partial[0]

@@ -9,10 +9,8 @@ four registers of two neighbours in k:
     k - 16i     2c, 2c + 1  2c, 2c + 1      8 + 2c, ...     8 + 2c, ...
 
 The packed order puts the pair `k = 8t + 2c + l` (t = 2i, 2i + 1) at nibble `t % 4` of both halves of word
-`4c + t // 4`, so that every value is made of its own lane's words by a shift, a mask and an exponent, and none changes
-its lane:
-
-    integers    (word >> 4(t % 4)) & 0x000f000f | 0x43004300  the bf16 pair 128 + code;  then  + (-128 - zero), exact
+`4c + t // 4`, so that every value is made of its own lane's words by shifts and masks (`pallas_kernels.pairs`), and
+none changes its lane.
 """
 
 from typing import Any
@@ -26,9 +24,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
 
+from pallas_kernels.pairs import E2M1, MAGIC, PAIR, TABLES, constant, look_up, scaled, with_exponent
+
 BLOCK = 128
 ROWS = 64  # of a warpgroup: sixteen a warp
 WORDS_A_BLOCK = 16
+MIDDLE = 8
 
 VALUES = plgpu.Layout.WGMMA
 OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -41,99 +42,116 @@ WORDS = plgpu.Layout.TILED(
     Tiling(((ROWS, 16), (16, 16), (8, 16), (4,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
 )
 
-_PAIR = {"bfloat16": "bf16x2", "float16": "f16x2"}
-# What `| exponent` adds to a code: bf16 has 7 bits of mantissa, f16 has 10.
-_EXPONENT = {"bfloat16": 0x4300, "float16": 0x6400}
-_OFFSET = {"bfloat16": 128, "float16": 1024}
-_MIDDLE = 8
-
-
-def minus(zero: jax.Array, dtype: str) -> jax.Array:
-    """The register that turns a pair `exponent | code` into `code - zero`: `-offset - zero` in both halves.
-
-    Args:
-      zero: int32, within int8.
-    """
-    if dtype == "bfloat16":  # the upper half of float32, exact: at most 8 bits
-        exact = -(_OFFSET[dtype] + zero.astype(jnp.float32))
-        half = jax.lax.bitcast_convert_type(exact, jnp.uint32) >> 16
-    else:  # consecutive halves are 1 apart from 1024 on, 1/2 below
-        half = (0xE400 + zero + jnp.minimum(zero, 0)).astype(jnp.uint32)
-    return half * jnp.uint32(0x10001)
-
 
 def sources(which: range) -> list[tuple[int, int, int]]:
-    """Of each register of the operand's columns `8t ..`, t in `which`: half of the rows, word of its four, nibble."""
-    return [(half, t // 4, t % 4) for t in which for half in (0, 1)]
+    """Of each register of the operand's columns `8t ..`, t in `which`: t, half of the rows, word of its lane's four."""
+    return [(t, half, t // 4) for t in which for half in (0, 1)]
 
 
-def _integer_pair(word: ir.Value, t: int, dtype: str, subtrahend: ir.Value) -> ir.Value:
-    """Nibble t of both halves of a word -> the pair of values."""
-    i32 = ir.IntegerType.get_signless(32)
-    if t:
-        word = arith.shrui(word, mgpu.c(4 * t, i32))
-    exponent = _EXPONENT[dtype]
-    return mgpu.utils.inline_ptx(
-        f"{{ .reg .b32 v; lop3.b32 v, $1, 0x000f000f, 0x{exponent:04x}{exponent:04x}, 0xEA; "
-        f"add.rn.{_PAIR[dtype]} $0, v, $2; }}",
-        word,
-        subtrahend,
-        result_types=i32,
-    )
+def _asm(text: str, *registers: ir.Value) -> ir.Value:
+    return mgpu.utils.inline_ptx(text, *registers, result_types=ir.IntegerType.get_signless(32))
 
 
-def _in_lanes(words: Any, subtrahend: Any, dtype: str, which: range) -> Any:
+def _left(word: ir.Value, by: int) -> ir.Value:
+    """Shifted to the left, or to the right by a negative number of bits."""
+    shift = arith.shli if by >= 0 else arith.shrui
+    return shift(word, mgpu.c(abs(by), ir.IntegerType.get_signless(32))) if by else word
+
+
+def _pair(word: ir.Value, nibble: int, weight: str, dtype: str, less: ir.Value | None) -> ir.Value:
+    """The values at a nibble of both halves of a word; less: `-offset - zero`, None for the middle code."""
+    if weight == "e2m1":
+        end, factor = E2M1[dtype]
+        i32 = ir.IntegerType.get_signless(32)
+        body = arith.andi(_left(word, end - 4 * nibble), mgpu.c((7 << end) * 0x00010001, i32))
+        sign = arith.andi(_left(word, 12 - 4 * nibble), mgpu.c(0x80008000 - (1 << 32), i32))
+        return _asm(scaled(constant(factor, dtype), dtype), arith.ori(body, sign))
+    if weight in TABLES:
+        return _asm(look_up(nibble, TABLES[weight], dtype), word)
+    given, name = ([], constant(-MAGIC[dtype][1] - MIDDLE, dtype)) if less is None else ([less], "$2")
+    text = f"{{ .reg .b32 v, a; mov.b32 a, {name}; {with_exponent(4, dtype)} add.rn.{PAIR[dtype]} $0, v, a; }}"
+    return _asm(text, _left(word, -4 * nibble), *given)
+
+
+def _in_lanes(words: Any, zero: list[Any], factors: list[Any], weight: str, dtype: str, which: range) -> Any:
     """`values` on a lane's registers."""
-    i32 = ir.IntegerType.get_signless(32)
-    pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(np.dtype(dtype)))
-    found = [vector.extract(v, [], [j]) for v in words.registers.flat for j in range(4)]  # row half, j
-    middle = np.full(2, -_OFFSET[dtype] - _MIDDLE, np.dtype(dtype)).view(np.int32).item()
-    less = [mgpu.c(middle, i32)] * 2
-    if subtrahend is not None:
-        less = [vector.extract(v, [], [0]) for v in subtrahend.registers.flat]
-    registers = [
-        mgpu.utils.bitcast(_integer_pair(found[4 * half + j], nibble, dtype, less[half]), pair)
-        for half, j, nibble in sources(which)
-    ]
+    packed = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(np.dtype(dtype)))
+    of_lane = [[vector.extract(row, [], [j]) for j in range(4)] for row in words.registers.flat]
+    less, times = ([[vector.extract(row, [], [0]) for row in a.registers.flat] for a in of] for of in (zero, factors))
+    registers = []
+    for t, half, j in sources(which):
+        pair = _pair(of_lane[half][j], t % 4, weight, dtype, less[0][half] if less else None)
+        if times:
+            pair = _asm(scaled("$2", dtype), pair, times[(t - which.start) * len(times) // len(which)][half])
+        registers.append(mgpu.utils.bitcast(pair, packed))
     shape = mgpu.WGMMA_LAYOUT.registers_shape((ROWS, 8 * len(which)))
     return mgpu.FragmentedArray(
         _registers=np.array(registers, dtype=object).reshape(shape), _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
     )
 
 
-def _in_plain(words: jax.Array, subtrahend: jax.Array | None, dtype: str) -> jax.Array:
+def _of_pair(pair: jax.Array, dtype: str) -> jax.Array:
+    """A register of the same value twice -> that value."""
+    return jax.lax.bitcast_convert_type(pair.astype(jnp.uint16), np.dtype(dtype))[:, None]
+
+
+def _in_plain(
+    words: jax.Array, zero: list[jax.Array], factors: list[jax.Array], weight: str, dtype: str, which: range
+) -> jax.Array:
     """`values` in plain operations."""
     # [row, c, j, l, t % 4] -> k = 32j + 8(t % 4) + 2c + l
     shifts = 16 * jnp.arange(2)[:, None] + 4 * jnp.arange(4)
     codes = (words.reshape(ROWS, 4, 4, 1, 1) >> shifts.astype(jnp.uint32)) & 15
     codes = codes.transpose(0, 2, 4, 1, 3).reshape(ROWS, BLOCK).astype(jnp.int32)
-    if subtrahend is None:
-        return (codes - _MIDDLE).astype(dtype)
-    less = jax.lax.bitcast_convert_type(subtrahend.astype(jnp.uint16), np.dtype(dtype))
-    return (codes + _OFFSET[dtype]).astype(dtype) + less[:, None]
+    codes = codes[:, 8 * which.start : 8 * which.stop]
+    if weight in TABLES:
+        found = jnp.zeros(codes.shape, dtype)
+        for i, entry in enumerate(TABLES[weight]):
+            found = jnp.where(codes == i, jnp.asarray(entry, dtype), found)
+    else:
+        offset = MAGIC[dtype][1]
+        less = [_of_pair(z, dtype) for z in zero] or [jnp.asarray(-offset - MIDDLE, dtype)]
+        found = (codes + offset).astype(dtype) + less[0]
+    if factors:
+        wide = jnp.concatenate([_of_pair(f, dtype) for f in factors], axis=1)
+        found = found * jnp.repeat(wide, codes.shape[1] // len(factors), axis=1)
+    return found
 
 
 def values(
-    words: jax.Array, subtrahend: jax.Array | None, dtype: str, piece: int, pieces: int, interpret: bool
+    words: jax.Array,
+    *,
+    weight: str,
+    dtype: str,
+    piece: int,
+    pieces: int,
+    zero: jax.Array | None,
+    factors: list[jax.Array],
+    interpret: bool,
 ) -> jax.Array:
     """The values of a piece of a block.
 
     Args:
       words: uint32 `[64, 16]` in `WORDS`.
-      subtrahend: of `minus`, uint32 `[64]` in `OF_ROWS`; None for the middle code.
+      weight: "int4", or a key of `TABLES`.
       dtype: "bfloat16" or "float16".
       piece: which of `pieces` equal ones, 1, 2, 4 or 8.
+      zero: of integers, `-offset - zero point` (`pallas_kernels.pairs.MAGIC`) as pairs: uint32 `[64]` in `OF_ROWS`;
+        None for the middle code.
+      factors: as many equal parts of the piece have one each, pairs like `zero`; rounded to `dtype`. None if empty.
       interpret: plain operations instead of PTX.
 
     Returns:
       `[64, 128 / pieces]` in `dtype`, in `VALUES`.
     """
-    width = BLOCK // pieces
+    which = range(16 * piece // pieces, 16 * (piece + 1) // pieces)  # t
+    zeros = [] if zero is None else [zero]
     if interpret:
-        return _in_plain(words, subtrahend, dtype)[:, piece * width : (piece + 1) * width]
-    which = range(piece * width // 8, (piece + 1) * width // 8)  # t
-    given = [words] if subtrahend is None else [words, subtrahend]
+        return _in_plain(words, zeros, factors, weight, dtype, which)
+    rows = [OF_ROWS] * (len(zeros) + len(factors))
     return plgpu.inline_mgpu(
-        arg_types=(WORDS, OF_ROWS)[: len(given)],
-        return_type=plgpu.ShapeDtypeStruct((ROWS, width), jnp.dtype(dtype), layout=VALUES),
-    )(lambda _, *a: _in_lanes(a[0], a[1] if len(a) > 1 else None, dtype, which))(*given)
+        arg_types=(WORDS, *rows),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, 8 * len(which)), jnp.dtype(dtype), layout=VALUES),
+    )(lambda _, w, *a: _in_lanes(w, list(a[: len(zeros)]), list(a[len(zeros) :]), weight, dtype, which))(
+        words, *zeros, *factors
+    )

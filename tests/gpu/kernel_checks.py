@@ -41,6 +41,7 @@ from qjax.dispatch.routes import Route
 FUSED = 1.25  # times the error of rounding the exact result to its type
 ROUNDED = 2.5  # where something else is rounded to that type too, as the kernel's docstring says
 ROUNDS = {
+    "mosaic.matmul_packed": ("nf4", "fp4"),  # values of the table
     "triton.matmul_packed": ("nf4", "fp4"),  # values of the table
     "triton.transposed": None,  # x times scale
     "triton.transposed_8bit": None,  # x times scale

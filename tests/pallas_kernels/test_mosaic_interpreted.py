@@ -9,15 +9,21 @@ import pytest
 import qjax
 from pallas_kernels.mosaic import matmul_packed, operand
 from pallas_kernels.mosaic.tiles import Tile
+from qjax.dequantize import block_scales
+from qjax.qtensor import QTensor
 
-# scheme, (M, K, N), tile
+# scheme, (M, K, N), tile, error allowed against rounding the exact result: tables are rounded to x's type first
 CASES = [
-    ("w4a16", (3, 640, 70), Tile(8, 1, 1, 1, 2, 2, 0)),
-    ("w4a16:symmetric=false", (1, 1024, 64), Tile(8, 1, 2, 1, 2, 2, 1)),
-    ("w4a16:group_size=32", (9, 700, 70), Tile(8, 2, 1, 2, 1, 2, 1)),
-    ("w4a16:group_size=-1,symmetric=false", (12, 300, 33), Tile(16, 1, 1, 1, 2, 2, 0)),
-    ("w4a16:group_size=tensor", (2, 256, 64), Tile(8, 1, 1, 1, 1, 2, 0)),
-    ("w4a16:group_size=256,scale_dtype=bfloat16", (2, 1024, 40), Tile(8, 1, 1, 2, 2, 2, 1)),
+    ("w4a16", (3, 640, 70), Tile(8, 1, 1, 1, 2, 2, 0), 1.05),
+    ("w4a16:symmetric=false", (1, 1024, 64), Tile(8, 1, 2, 1, 2, 2, 1), 1.05),
+    ("w4a16:group_size=32", (9, 700, 70), Tile(8, 2, 1, 2, 1, 2, 1), 1.05),
+    ("w4a16:group_size=-1,symmetric=false", (12, 300, 33), Tile(16, 1, 1, 1, 2, 2, 0), 1.05),
+    ("w4a16:group_size=tensor", (2, 256, 64), Tile(8, 1, 1, 1, 1, 2, 0), 1.05),
+    ("w4a16:group_size=256,scale_dtype=bfloat16", (2, 1024, 40), Tile(8, 1, 1, 2, 2, 2, 1), 1.05),
+    ("nf4:double_quant=true", (2, 320, 64), Tile(8, 1, 1, 1, 2, 1, 1), 1.7),
+    ("fp4", (2, 192, 64), Tile(8, 1, 1, 1, 1, 2, 0), 1.7),
+    ("mxfp4", (3, 288, 64), Tile(8, 1, 1, 1, 1, 2, 1), 1.05),
+    ("nvfp4", (3, 256, 48), Tile(8, 1, 1, 1, 1, 1, 0), 1.05),
 ]
 
 
@@ -25,10 +31,10 @@ def _product(scheme: str, m: int, k: int, n: int, dtype: str = "bfloat16", **opt
     """The interpreted product and the exact one, float64."""
     w = qjax.quantize_array(jax.random.normal(jax.random.key(0), (k, n)) * 0.02, scheme, partial_groups=True)
     x = jax.random.normal(jax.random.key(1), (m, k)).astype(dtype)
-    group = w.scheme.block[1] or k
-    y = matmul_packed.matmul(
-        x, w.packed, w.scale, weight=w.scheme.weight, group=group, zero_point=w.zero_point, interpret=True, **options
-    )
+    scale = block_scales(w) if isinstance(w.scale, QTensor) else w.scale
+    facts = dict(weight=w.scheme.weight, group=w.scheme.block[1] or k, zero_point=w.zero_point)
+    facts["global_scale"] = w.global_scale
+    y = matmul_packed.matmul(x, w.packed, scale, interpret=True, **(facts | options))
     return np.asarray(y, np.float64), np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
 
 
@@ -37,12 +43,12 @@ def _rounding(exact: np.ndarray, dtype: str = "bfloat16") -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "shape", "tile"), CASES, ids=lambda v: str(v))
+@pytest.mark.parametrize(("scheme", "shape", "tile", "allowed"), CASES, ids=lambda v: str(v))
 def test_an_interpreted_kernel_is_as_close_to_float64_as_rounding_once_and_does_not_race(
-    scheme: str, shape: tuple[int, int, int], tile: Tile, capfd: pytest.CaptureFixture[str]
+    scheme: str, shape: tuple[int, int, int], tile: Tile, allowed: float, capfd: pytest.CaptureFixture[str]
 ) -> None:
     y, exact = _product(scheme, *shape, config=vars(tile))
-    assert np.linalg.norm(y - exact) <= 1.05 * _rounding(exact)
+    assert np.linalg.norm(y - exact) <= allowed * _rounding(exact)
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -90,11 +96,11 @@ def test_every_lane_holds_the_codes_of_the_values_that_wgmma_takes_from_it(piece
     values = _places(operand.VALUES, (64, 8 * len(piece)))
     sources = operand.sources(piece)
     assert values.shape == (4, 32, len(sources), 2)
-    for register, (half, j, nibble) in enumerate(sources):
+    for register, (t, half, j) in enumerate(sources):
         row, word = np.divmod(words[:, :, half, j], 16)
         wanted_row, column = np.divmod(values[:, :, register], 8 * len(piece))
         pair = np.arange(2)
-        k = 32 * (word % 4)[..., None] + 8 * nibble + 2 * (word // 4)[..., None] + pair  # docs/design.md, packed order
+        k = 32 * (word % 4)[..., None] + 8 * (t % 4) + 2 * (word // 4)[..., None] + pair  # docs/design.md, packed order
         np.testing.assert_array_equal(wanted_row, np.broadcast_to(row[..., None], wanted_row.shape))
         np.testing.assert_array_equal(8 * piece.start + column, k)
 
@@ -113,11 +119,3 @@ def test_configurations_fit_the_chip(m: int) -> None:
     for tile in found:
         assert tile.stages % tile.k_groups == 0 and tile.tile_m >= min(m, 64)
         assert 128 * (tile.consumers + 1) * tile.registers <= 65536
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_zero_point_becomes_the_exact_pair_that_is_added(dtype: str) -> None:
-    zero = jnp.arange(-128, 128)
-    pair = np.asarray(operand.minus(zero, dtype)).view(np.uint16).view(np.dtype(dtype)).reshape(-1, 2)
-    offset = {"bfloat16": 128, "float16": 1024}[dtype]
-    np.testing.assert_array_equal(pair.astype(np.float64), -np.stack([offset + np.asarray(zero)] * 2, axis=1))
