@@ -103,6 +103,8 @@ MAY_IMPORT = {
         f"{TENSOR} qjax.host_layouts qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"
     ),
     "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress qjax.sharding", "flax tokenizers"),
+    "qjax.bench.models": Row(f"qjax {PRODUCT} qjax.nnx qjax.models qjax.sharding qjax.bench", "flax"),
+    "qjax.bench.decode": Row(f"qjax {PRODUCT} qjax.models qjax.devices qjax.explain qjax.bench", "flax"),
     "qjax.bench.*": Row(
         f"qjax {PRODUCT} qjax.dispatch qjax.activations qjax.quantize_call qjax.kernel_call qjax.lookup qjax.devices "
         "qjax.progress",
@@ -119,10 +121,13 @@ MAY_IMPORT = {
     "pallas_kernels": Row(),
     "pallas_kernels.finish": Row(),
     "pallas_kernels.dense_dot": Row(),
-    "pallas_kernels.xla.*": Row("pallas_kernels.finish pallas_kernels.dense_dot"),
+    "pallas_kernels.pairs": Row(),
     "pallas_kernels.result": Row(),
-    "pallas_kernels.triton.*": Row("pallas_kernels.finish pallas_kernels.result pallas_kernels.dense_dot"),
-    "pallas_kernels.mosaic.*": Row("pallas_kernels.finish pallas_kernels.result"),
+    "pallas_kernels.xla.*": Row("pallas_kernels.finish pallas_kernels.dense_dot"),
+    "pallas_kernels.triton.*": Row(
+        "pallas_kernels.finish pallas_kernels.result pallas_kernels.pairs pallas_kernels.dense_dot"
+    ),
+    "pallas_kernels.mosaic.*": Row("pallas_kernels.finish pallas_kernels.result pallas_kernels.pairs"),
     "xla_ffi": Row(),
     "xla_ffi.finish": Row(),
     "xla_ffi.cublaslt.*": Row("xla_ffi.finish"),

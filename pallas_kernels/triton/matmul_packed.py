@@ -42,9 +42,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.finish import finish
+from pallas_kernels.pairs import TABLES
 from pallas_kernels.result import result
 from pallas_kernels.triton import columns
-from pallas_kernels.triton.operand import BLOCK, PLANES, TABLES, operand_pieces, plane_words
+from pallas_kernels.triton.operand import BLOCK, PLANES, operand_pieces, plane_words
 from pallas_kernels.triton.tiles import Tile, packed_tile, smem_of
 
 _FEW_ROWS = 16

@@ -8,11 +8,7 @@ Triton finds that nothing moves:
     words [R, (c, t_high)] --16/bits shifts--> pairs [R, (c, t_high)] for each t_low
             --join l, t_low--> [R, c, t_high, l, t_low] --transpose, reshape--> [R, (t_high, t_low, c, l)]
 
-A pair is one register of two values of x's type:
-
-    integers   (word >> b*t) & mask | 0x43004300      the bf16 pair 128 + code, exact;  then  + (-128 - zero)
-    e2m1       sign to bit 15, exponent and mantissa to bits 8..6: the bf16 pair value * 2^-126, exact;  then  * 2^126
-    tables     both bytes of each bf16 by PRMT, four codes at a time
+How two codes become a pair of values of x's type, one register, is in `pallas_kernels.pairs`.
 
 A block may come out in pieces of 64, 32 or 16 columns, one for each group of scales: t's highest bits number them.
 Widths of several planes (3, 5, 6 bits) are put together as integers before. PTX is used where Pallas has no word: sums
@@ -26,26 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.pairs import E2M1, MAGIC, PAIR, TABLES, both, constant, look_up, scaled, with_exponent
+
 BLOCK = 128
 PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
-
-_PAIR = {"bfloat16": "bf16x2", "float16": "f16x2"}  # a register of two, in PTX
-# What `| exponent` makes of a code, as 16-bit patterns: bf16 has 7 bits of mantissa, f16 has 10.
-_MAGIC = {"bfloat16": (0x4300, 128.0), "float16": (0x6400, 1024.0)}
-# e2m1 -> float by shifts: the bit where the mantissa ends, and 2^(bias - 1).
-_E2M1 = {"bfloat16": (6, 2.0**126), "float16": (9, 2.0**14)}
-
-_FP4 = (0.0, 0.0052083333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
-TABLES: dict[str, tuple[float, ...]] = {
-    "e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
-    "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ),
-    "fp4": (*_FP4, *(-v for v in _FP4)),
-}  # fmt: skip
 
 
 def plane_words(bits: int) -> list[tuple[int, int]]:
@@ -98,78 +78,35 @@ def _asm(text: str, args: list[jax.Array]) -> jax.Array:
     return result.astype(jnp.uint32)
 
 
-def _constant(value: float, dtype: str) -> str:
-    """A register with `value` in both halves."""
-    bits = int(np.array(value, jnp.dtype(dtype)).view(np.uint16))
-    return f"0x{bits:04x}{bits:04x}"
-
-
 def _integer_pairs(codes: jax.Array, bits: int, dtype: str, zero: jax.Array | None) -> jax.Array:
     """`code - zero` of both halves, exact; zero: integers in float32 `[R, 1]`, or None for `2^(bits - 1)`."""
-    exponent, offset = _MAGIC[dtype]
-    mask = (2**bits - 1) * 0x00010001
-    args, name = [codes], _constant(-(offset + 2.0 ** (bits - 1)), dtype)
+    _, offset = MAGIC[dtype]
+    args, name = [codes], constant(-(offset + 2.0 ** (bits - 1)), dtype)
     if zero is not None:
         args, name = [codes, jnp.broadcast_to(_pair_of(-offset - zero, dtype), codes.shape)], "$2"
     return _asm(
         "{ .reg .b32 v, f, a; "
-        f"mov.b32 f, {_constant(1.0, dtype)}; mov.b32 a, {name}; "
-        f"lop3.b32 v, $1, 0x{mask:08x}, 0x{exponent:04x}{exponent:04x}, 0xEA; fma.rn.{_PAIR[dtype]} $0, v, f, a; }}",
+        f"mov.b32 f, {constant(1.0, dtype)}; mov.b32 a, {name}; "
+        f"{with_exponent(bits, dtype)} fma.rn.{PAIR[dtype]} $0, v, f, a; }}",
         args,
     )
 
 
 def _scaled(pairs: jax.Array, factor: float | jax.Array, dtype: str) -> jax.Array:
-    """Both halves times a constant, or times float32 `[R, 1]`; as a sum with -0, which sm_80 has too."""
-    args, name = [pairs], "$2"
+    """Both halves times a constant, or times float32 `[R, 1]`."""
     if isinstance(factor, float):
-        name = _constant(factor, dtype)
-    else:
-        args.append(jnp.broadcast_to(_pair_of(factor, dtype), pairs.shape))
-    zero = _constant(-0.0, dtype)
-    text = f"{{ .reg .b32 f, a; mov.b32 f, {name}; mov.b32 a, {zero}; fma.rn.{_PAIR[dtype]} $0, $1, f, a; }}"
-    return _asm(text, args)
+        return _asm(scaled(constant(factor, dtype), dtype), [pairs])
+    return _asm(scaled("$2", dtype), [pairs, jnp.broadcast_to(_pair_of(factor, dtype), pairs.shape)])
 
 
 def _pair_of(value: jax.Array, dtype: str) -> jax.Array:
     """float32 -> a register with the value, in `dtype`, in both halves."""
-    return _asm(f"cvt.rn.{_PAIR[dtype]}.f32 $0, $1, $1;", [jax.lax.bitcast_convert_type(value, jnp.uint32)])
-
-
-def _table_registers(table: tuple[float, ...], dtype: str, high: bool) -> list[str]:
-    """Four registers with the low or high bytes of a table's 16 values, in the order of the codes."""
-    bits = np.array(table, np.float32).astype(jnp.dtype(dtype)).view(np.uint16)
-    part = ((bits >> 8) if high else (bits & 0xFF)).astype(np.uint32)
-    return [f"0x{sum(int(part[4 * r + i]) << (8 * i) for i in range(4)):08x}" for r in range(4)]
-
-
-def _look_up(words: jax.Array, t: int, table: tuple[float, ...], dtype: str) -> jax.Array:
-    """The table's values at nibble t of both halves of each word.
-
-    PRMT looks four codes up in 8 bytes by their low three bits: once for codes 0..7, once for 8..15, and a third PRMT
-    takes the one that the code's top bit names; so for the low bytes and for the high ones. The four codes are two
-    neighbouring nibbles of either half: what the other nibble needs too is said again, and the assembler merges it.
-    """
-
-    def look_up(to: str, r: list[str]) -> str:
-        return (
-            f"mov.b32 c, {r[0]}; mov.b32 d, {r[1]}; prmt.b32 a, c, d, i; "
-            f"mov.b32 c, {r[2]}; mov.b32 d, {r[3]}; prmt.b32 b, c, d, i; prmt.b32 {to}, a, b, s; "
-        )
-
-    low, high = (_table_registers(table, dtype, part) for part in (False, True))
-    return _asm(
-        "{ .reg .b32 v, i, s, a, b, c, d, low, high; "
-        f"prmt.b32 v, $1, $1, 0x00{2 + t // 2}{t // 2}; and.b32 i, v, 0x7777; "
-        "shr.b32 s, v, 1; lop3.b32 s, s, 0x4444, 0x3210, 0xEA; "
-        f"{look_up('low', low)}{look_up('high', high)}prmt.b32 $0, low, high, {'0x7351' if t % 2 else '0x6240'}; }}",
-        [words],
-    )
+    return _asm(both(dtype), [jax.lax.bitcast_convert_type(value, jnp.uint32)])
 
 
 def _e2m1_pairs(words: jax.Array, t: int, dtype: str) -> jax.Array:
     """e2m1 values at nibble t of both halves of each word, exact."""
-    end, factor = _E2M1[dtype]
+    end, factor = E2M1[dtype]
     body = _left(words, end - 4 * t) & jnp.uint32((7 << end) * 0x00010001)
     pairs = body | (_left(words, 12 - 4 * t) & jnp.uint32(0x80008000))
     return _scaled(pairs, factor, dtype)
@@ -190,7 +127,7 @@ def _pairs(
     if weight == "e2m1":
         pairs = _e2m1_pairs(words, t, dtype)
     elif weight in TABLES:
-        pairs = _look_up(words, t, TABLES[weight], dtype)
+        pairs = _asm(look_up(t, TABLES[weight], dtype), [words])
     else:
         pairs = _integer_pairs(words, bits, dtype, zero)
     return _halves(pairs if factor is None else _scaled(pairs, factor, dtype), dtype)

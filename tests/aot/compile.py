@@ -70,13 +70,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One kernel as ptxas compiled it: sizes in bytes, `spills` stored and loaded, `shared` the static part."""
+    """One kernel as ptxas compiled it: sizes in bytes, `spills` stored and loaded, `shared` the static part.
+
+    `serialized`: whether it had to make asynchronous tensor core instructions wait for one another.
+    """
 
     name: str
     registers: int
     spills: int
     stack: int
     shared: int
+    serialized: bool = False
     sass: str = ""
 
 
@@ -138,6 +142,8 @@ def compile_product(
             route, config = choice.route.name, dict(choice.config)
         run = program(next(r for r in ROUTES if r.name == route), product, config)
         place = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole))
+        # Mosaic GPU compiles by itself, what it has not compiled in this process yet.
+        os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_TO": folder}
         with jax.default_device(mesh.devices.flat[0]), _said() as said:  # Pallas asks it what to lower for
             try:
                 traced = jax.jit(lambda o: run(o)[0]).trace(place(operand_shapes(product)))
@@ -216,7 +222,8 @@ def _assemble(ptx: Path, sass: bool) -> list[Kernel]:
     found = []
     for name, said in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", log, re.S):
         registers, spills, stack, shared = (sum(map(int, re.findall(rf"(\d+) {unit}", said))) for unit in _UNITS)
-        found.append(Kernel(name, registers, spills, stack, shared, code.get(name, "")))
+        serialized = bool(re.search(f"serialized due to .* for the function '{name}'", log))
+        found.append(Kernel(name, registers, spills, stack, shared, serialized, code.get(name, "")))
     return found
 
 

@@ -37,6 +37,8 @@ def _check(case: Case, compiler: Compiler) -> None:
     assert report.steps, "no steps: nothing was compiled"
     local = [f"{k.name}: {k.spills} bytes spilled, {k.stack} of stack" for k in report.kernels if k.spills or k.stack]
     assert not local, local
+    serialized = [k.name for k in report.kernels if k.serialized]
+    assert not serialized, f"{serialized}: tensor core instructions wait for one another"
     limit = find_device(case.device).shared.smem_block
     static = {k.name: k.shared for k in report.kernels}
     over = [f"{s.name}: {s.shared}" for s in report.steps if s.shared + static.get(s.name, 0) > limit]

@@ -1,0 +1,424 @@
+"""y = residual + activation(x @ w + bias) on Hopper, with weights of 4 bits: int4, e2m1 (MXFP4, NVFP4), NF4, FP4.
+
+    y[m, n] = sum_k x[m, k] * value(code[n, k]) * scale[n, k // g]
+    value(code) = code - zero_point, or a table's entry
+
+Operands
+    x          bfloat16 or float16 [M, K]
+    packed     uint32 [N, B, 16], B = ceil(K / 128): the packed order
+    scale      float16, bfloat16, float32, e4m3 or e8m0 [N, ceil(K / g)], g = 16, 32, 64 or a multiple of 128; or [1, 1]
+    zero_point int8, like scale; bias [N]; residual [M, N]; global_scale float32 [] or [N]
+
+Work: a program owns `rows` of the weight, `tile_m` of x and a share of K (`split_k`). Its warpgroups:
+
+    producer    TMA: codes [rows, 256], x [tile_m, 256] ──▶ ring of stages in shared memory;
+                its lanes: scales, zero points ──▶ float32, pairs, by group (`columns`)
+    consumers   words ──LDS.128──▶ registers ──`operand`──▶ values [64, 128]
+                ──wgmma, x from shared memory──▶ part [64, tile_m];  total += part * scale
+
+The weight is the operand that stays in registers, the product is `y.T`: 64 rows of the weight are what `wgmma` has at
+least, 8 rows of x are enough for its other side. Consumers lie `row_groups` side by side and `k_groups` behind one
+another; the latter add their totals in shared memory, shares of K in the XLA fusion that finishes.
+
+N and K may be anything: the copy engine fills what lies outside with zeros and does not write there. Only x is copied,
+padded, where it is not made of tiles of 8 x 64, and a result whose rows are no whole 16 bytes is padded and cut.
+
+Launch: programmatic. While the kernel before ends, programs set up their barriers and ask for their first codes to come
+into the L2, which is right whoever writes them; they wait for it before they read anything.
+
+Scales multiply the float32 sums of their group, each group of a block a product of its own. e8m0 and e4m3 scales times
+e2m1 are exact in x's type: they multiply the values, and a block is one product. Integer zero points are subtracted
+from the codes where the middle code is anyway.
+
+Numerics: products of values and x are exact in the tensor cores, sums float32, one rounding, of the result. Exception:
+NF4 and FP4 values are rounded to x's type.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.finish import finish
+from pallas_kernels.mosaic import accumulate, columns, operand
+from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, SINGLE, VALUES, WORDS, WORDS_A_BLOCK
+from pallas_kernels.mosaic.tiles import Tile, candidates, decode_tile
+from pallas_kernels.pairs import MAGIC
+
+_EXACT_FACTORS = ("float8_e8m0fnu", "float8_e4m3fn")
+
+
+def unsupported(
+    m: int, k: int, n: int, *, weight: str, group: int, block_n: int, x_dtype: str, x_format: str | None,
+    scale_dtype: str, transposed: bool, **_: Any,
+) -> str | None:  # fmt: skip
+    """Why this kernel cannot do a product, or None."""
+    if transposed:
+        return "it multiplies by the weight, not by its transpose"
+    if x_format is not None or x_dtype not in ("bfloat16", "float16"):
+        return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
+    if block_n not in (1, n) or (block_n == n != 1 and group < k):
+        return f"its scales belong to one row or to all, not to {block_n} rows"
+    if group < k and group not in (16, 32, 64) and group % BLOCK:
+        return f"groups of {group}: it knows 16, 32, 64 and multiples of 128"
+    if x_dtype == "float16" and scale_dtype == "float8_e8m0fnu":
+        return "e8m0 scales exceed the range of float16"
+    return None
+
+
+def _entries(group: int, zero_point: bool) -> int:
+    """32-bit entries of a row in a block: of scales and of zero points."""
+    return max(1, BLOCK // group) * (1 + zero_point)
+
+
+def configs(
+    m: int, k: int, n: int, *, group: int, smem: int, sms: int, symmetric: bool, **_: Any
+) -> list[dict[str, int]]:
+    """Configurations worth measuring."""
+    return [dataclasses.asdict(tile) for tile in candidates(m, n, k, _entries(group, not symmetric), sms, smem)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Static facts of one call."""
+
+    m: int
+    n: int
+    blocks: int  # of 128 columns along K
+    weight: str
+    scale: str  # dtype of the scales
+    group: int  # elements that share a scale; all of K, rounded up, where a row has one
+    zeros: bool
+    tile: Tile
+    interpret: bool
+
+    @property
+    def groups(self) -> int:
+        """Those of a block of 128."""
+        return max(1, BLOCK // self.group)
+
+    @property
+    def scales_values(self) -> bool:
+        """Whether scales multiply the values."""
+        return self.weight == "e2m1" and self.scale in _EXACT_FACTORS
+
+    @property
+    def pieces(self) -> int:
+        """Products that a block is cut into: one for each group with a scale of its own."""
+        return 1 if self.scales_values else self.groups
+
+    @property
+    def width(self) -> int:
+        """Columns of a product."""
+        return BLOCK // self.pieces
+
+    @property
+    def rounds(self) -> int:
+        """Stages that a program has: as many for each of its warpgroups along K."""
+        tile = self.tile
+        return -(-self.blocks // (tile.blocks * tile.split_k * tile.k_groups)) * tile.k_groups
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Programs along M, N and K. Neighbours share their rows of the weight, which come from memory once."""
+        return -(-self.m // self.tile.tile_m), -(-self.n // self.tile.rows), self.tile.split_k
+
+    @property
+    def swizzle(self) -> tuple[Any, Any]:
+        """How x lies in shared memory: in tiles of as many columns as a product has, at most 64."""
+        width = min(64, self.width)
+        return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)  # type: ignore[abstract]
+
+
+def _entry_of(plan: _Plan, ref: Any, stage: jax.Array, index: int) -> jax.Array:
+    """Which column of scales is number `index` of a stage's."""
+    column = (
+        stage * (plan.tile.blocks * plan.groups) + index
+        if plan.group <= BLOCK
+        else (stage * plan.tile.blocks + index) // (plan.group // BLOCK)
+    )
+    return jnp.minimum(column, ref.shape[1] - 1)
+
+
+def _bring_columns(
+    plan: _Plan, refs: dict[str, Any], first_row: jax.Array, stage: jax.Array, dtype: str
+) -> dict[str, list[jax.Array]]:
+    """A stage's scales and zero points as they are used, 32 bits each, `[column_rows]` for each group."""
+    found: dict[str, list[jax.Array]] = {name: [] for name in refs}
+    for name, index in itertools.product(refs, range(plan.tile.blocks * plan.groups)):
+        column = _entry_of(plan, refs[name], stage, index)
+        raw = columns.read(refs[name], first_row, column, plan.tile.column_rows, plan.interpret)
+        entry = columns.value(raw, plan.scale)
+        if name == "zero":
+            entry = columns.pair(-MAGIC[dtype][1] - entry, dtype, plan.interpret)
+        elif plan.scales_values:
+            entry = columns.pair(entry, dtype, plan.interpret)
+        found[name].append(entry)
+    return found
+
+
+def _produce(plan: _Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, refs: dict[str, Any], s: Any) -> None:
+    """The producer's part: fills stage after stage."""
+    tile, (first_x, first_row, first_stage) = plan.tile, at
+    rows, stage = pl.ds(first_row, tile.rows), tile.blocks * BLOCK
+
+    def codes_of(i: Any, blocks: int) -> Any:
+        return w_ref.at[rows, pl.ds((first_stage * tile.blocks + i) * WORDS_A_BLOCK, blocks * WORDS_A_BLOCK)]
+
+    if not plan.interpret:  # which knows neither
+        for i in range(min(tile.stages, plan.rounds)):
+            plgpu.async_prefetch(codes_of(tile.blocks * i, tile.blocks))
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
+
+    def fill(i: jax.Array, entries: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
+        slot = jax.lax.rem(i, jnp.int32(tile.stages))
+
+        @pl.when(i >= tile.stages)
+        def _() -> None:
+            plgpu.barrier_wait(s["empty"].at[slot])
+            plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
+
+        for block in range(tile.blocks):
+            plgpu.copy_gmem_to_smem(codes_of(tile.blocks * i + block, 1), s["w"].at[slot, block], s["full"].at[slot])
+        x = x_ref.at[pl.ds(first_x, tile.tile_m), pl.ds((first_stage + i) * stage, stage)]
+        plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot])
+        for name, of_groups in entries.items():
+            for index, entry in enumerate(of_groups):
+                s[name][slot, index] = entry
+        plgpu.barrier_arrive(s["full"].at[slot])
+        return _bring_columns(plan, refs, first_row, first_stage + i + 1, x_ref.dtype.name)
+
+    entries = _bring_columns(plan, refs, first_row, first_stage, x_ref.dtype.name)
+    jax.lax.fori_loop(0, plan.rounds, fill, entries)
+
+    @pl.loop(max(tile.stages, plan.rounds), plan.rounds + tile.stages)  # until all that was filled was read
+    def _(i: jax.Array) -> None:
+        plgpu.barrier_wait(s["empty"].at[jax.lax.rem(i, jnp.int32(tile.stages))])
+
+
+def _piece(
+    plan: _Plan, s: Any, slot: jax.Array, row_group: jax.Array, index: int, dtype: str
+) -> tuple[jax.Array, Any, jax.Array | None]:
+    """Of product `index` of a stage: the values `[64, width]`, x `[tile_m, width]`, the scales `[64]` of its sums."""
+    block, piece = divmod(index, plan.pieces)
+    rows = pl.ds(row_group * ROWS, ROWS)
+
+    def entries(name: str, first: int, count: int) -> list[jax.Array]:
+        refs = [s[name].at[slot, i, rows] for i in range(first, first + count)]
+        return [plgpu.load(ref, layout=OF_ROWS, optimized=False) for ref in refs]
+
+    values = operand.values(
+        plgpu.load(s["w"].at[slot, block, rows], layout=WORDS),
+        weight=plan.weight,
+        dtype=dtype,
+        piece=piece,
+        pieces=plan.pieces,
+        zero=entries("zero", index, 1)[0] if plan.zeros else None,
+        factors=entries("scale", block * plan.groups, plan.groups) if plan.scales_values else [],
+        interpret=plan.interpret,
+    )
+    scale = None if plan.scales_values else entries("scale", index, 1)[0]
+    return values, s["x"].at[slot, :, pl.ds(index * plan.width, plan.width)], scale
+
+
+def _consume(plan: _Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s: Any) -> jax.Array:
+    """A consumer's part: its sums, float32 `[64, tile_m]`. With `ahead` a piece is decoded while the one before
+    is multiplied."""
+    tile, pieces = plan.tile, plan.tile.blocks * plan.pieces
+
+    def step(i: jax.Array, total: jax.Array) -> jax.Array:
+        slot = jax.lax.rem(i * tile.k_groups + k_group, jnp.int32(tile.stages))
+        plgpu.barrier_wait(s["full"].at[slot])
+
+        def multiply(*parts: Any) -> jax.Array:
+            whole, scales = total, []
+            for index in range(pieces):
+                values, x, scale = _piece(plan, s, slot, row_group, index, dtype)
+                scales.append(scale)
+                plgpu.wgmma(parts[index], values, x.T)
+                if index >= tile.ahead:
+                    part = plgpu.wgmma_accumulator_load(parts[index - tile.ahead], wait_n=tile.ahead)
+                    whole = accumulate.add_scaled(whole, part, scales[index - tile.ahead], plan.interpret)
+            return accumulate.add_scaled(whole, parts[-1][...], scales[-1], plan.interpret) if tile.ahead else whole
+
+        def multiply_plainly() -> jax.Array:
+            whole = total
+            for index in range(pieces):
+                values, x, scale = _piece(plan, s, slot, row_group, index, dtype)
+                part = values.astype(jnp.float32) @ x[...].astype(jnp.float32).T
+                whole = accumulate.add_scaled(whole, part, scale, plan.interpret)
+            return whole
+
+        if plan.interpret:  # which takes wgmma's first operand from memory alone
+            total = multiply_plainly()
+        else:
+            total = pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((ROWS, tile.tile_m), jnp.float32)] * pieces)
+        plgpu.barrier_arrive(s["empty"].at[slot])
+        return total
+
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, tile.tile_m), jnp.float32), VALUES)
+    return jax.lax.fori_loop(0, plan.rounds // tile.k_groups, step, zeros)
+
+
+def _together(plan: _Plan, row_group: jax.Array, k_group: jax.Array, total: jax.Array, s: Any) -> jax.Array:
+    """The sums of warpgroups behind one another, for the first of them."""
+
+    @pl.when(k_group > 0)
+    def _() -> None:
+        s["sums"][k_group - 1, row_group] = total
+        plgpu.barrier_arrive(s["summed"].at[row_group])
+
+    def others() -> jax.Array:
+        plgpu.barrier_wait(s["summed"].at[row_group])
+        whole = total
+        for other in range(plan.tile.k_groups - 1):
+            whole = whole + plgpu.load(s["sums"].at[other, row_group], layout=VALUES, optimized=False)
+        return whole
+
+    return jax.lax.cond(k_group == 0, others, lambda: total)
+
+
+def _store(total: jax.Array, smem: Any, out: Any) -> None:
+    """Sums `[64, tile_m]` -> `[tile_m, 64]` in device memory, in its dtype; what lies outside is not written."""
+    if smem.dtype == jnp.float32:
+        total = plgpu.layout_cast(total, SINGLE)
+    smem.T[...] = total.astype(smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(smem, out)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel(plan: _Plan, *refs: Any, **s: Any) -> None:
+    """One warpgroup of one program: see the module's docstring."""
+    tile = plan.tile
+    x_ref, w_ref, scale_ref, *zero_ref, out_ref = refs
+    along_m, along_n, _ = plan.grid
+    program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
+    first_x = jax.lax.rem(program, along_m) * tile.tile_m
+    first_row = jax.lax.rem(jax.lax.div(program, along_m), along_n) * tile.rows
+    share = jax.lax.div(program, along_m * along_n)
+    hand_over = tile.needs > tile.registers
+    few, many = tile.handed_over(_entries(plan.group, plan.zeros))
+
+    @pl.when(warpgroup == tile.consumers)
+    def produce() -> None:
+        if hand_over:
+            plgpu.set_max_registers(few, action="decrease")
+        named = dict(zip(("scale", "zero"), (scale_ref, *zero_ref), strict=False))
+        _produce(plan, (first_x, first_row, share * plan.rounds), x_ref, w_ref, named, s)
+
+    @pl.when(warpgroup < tile.consumers)
+    def consume() -> None:
+        if hand_over:
+            plgpu.set_max_registers(many, action="increase")
+        row_group = jax.lax.rem(warpgroup, tile.row_groups)
+        k_group = jax.lax.div(warpgroup, tile.row_groups)
+        total = _consume(plan, row_group, k_group, x_ref.dtype.name, s)
+        if tile.k_groups > 1:
+            total = _together(plan, row_group, k_group, total, s)
+
+        @pl.when(k_group == 0)
+        def store() -> None:
+            first = first_row + row_group * ROWS
+            at = out_ref.at[share, pl.ds(first_x, tile.tile_m), pl.ds(first, ROWS)]
+            _store(total, s["out"].at[row_group], at)
+
+
+def _scratch(plan: _Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
+    """Shared memory and barriers of a program."""
+    tile, smem = plan.tile, plgpu.SMEM
+    entries = (tile.stages, tile.blocks * plan.groups, tile.column_rows)
+    found = dict(
+        w=smem((tile.stages, tile.blocks, tile.rows, WORDS_A_BLOCK), jnp.uint32),
+        x=smem((tile.stages, tile.tile_m, tile.blocks * BLOCK), x_dtype, transforms=plan.swizzle),
+        scale=smem(entries, jnp.uint32 if plan.scales_values else jnp.float32),
+        out=smem((tile.row_groups, tile.tile_m, ROWS), out_dtype),
+        full=plgpu.Barrier(num_arrivals=tile.blocks + 2, num_barriers=tile.stages),
+        empty=plgpu.Barrier(num_arrivals=tile.row_groups, num_barriers=tile.stages),
+    )
+    if plan.zeros:
+        found["zero"] = smem(entries, jnp.uint32)
+    if tile.k_groups > 1:
+        found["sums"] = smem((tile.k_groups - 1, tile.row_groups, ROWS, tile.tile_m), jnp.float32)
+        found["summed"] = plgpu.Barrier(num_arrivals=tile.k_groups - 1, num_barriers=tile.row_groups)
+    return found
+
+
+def _whole_tiles(x: jax.Array) -> jax.Array:
+    """x, padded with zeros where it is not made of tiles of 8 x 64, as which the copy engine brings it."""
+    (m, k), few = x.shape, x.shape[0] <= 8  # one tile may reach beyond
+    return jnp.pad(x, ((0, 0 if few else -m % 8), (0, -k % 64)))
+
+
+def matmul(
+    x: jax.Array,
+    packed: jax.Array,
+    scale: jax.Array,
+    *,
+    weight: str,
+    group: int,
+    zero_point: jax.Array | None = None,
+    global_scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: Any = None,
+    config: dict[str, int] | None = None,
+    sms: int = 132,
+    smem: int = 227 * 1024,
+    interpret: bool = False,
+    **_: Any,
+) -> jax.Array:
+    """The product of the module's docstring.
+
+    Args:
+      weight: "int4", "e2m1", "nf4" or "fp4".
+      group: elements of K that share a scale; K or more for one scale a row.
+      config: fields of `Tile`; empty takes `decode_tile` for the shape.
+      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have.
+      interpret: run in JAX's interpreter of such kernels, on any machine; it raises where they race.
+      (others: shapes and dtypes in the module's docstring)
+
+    Returns:
+      `[M, N]` in `out_dtype`, default x's.
+    """
+    (m, k), (n, blocks) = x.shape, packed.shape[:2]
+    entries = _entries(group, zero_point is not None)
+    tile = Tile(**config) if config else decode_tile(m, n, k, entries, sms, smem)
+    whole_row = scale.shape[1] == 1
+    plan = _Plan(
+        m, n, blocks, weight, scale.dtype.name, blocks * BLOCK if whole_row else group, zero_point is not None, tile,
+        interpret,
+    )  # fmt: skip
+    whole = tile.split_k == 1 and all(v is None for v in (global_scale, bias, activation, residual))
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    stored = out_dtype if whole else jnp.dtype(jnp.float32)
+    unit = 16 // stored.itemsize  # rows of the copy engine's arrays are whole 16 bytes
+    partial = plgpu.kernel(
+        functools.partial(_kernel, plan),
+        out_type=jax.ShapeDtypeStruct((tile.split_k, m, -(-n // unit) * unit), stored),
+        grid=(math.prod(plan.grid),),
+        grid_names=("program",),
+        num_threads=tile.consumers + 1,
+        thread_name="warpgroup",
+        kernel_name=f"qjax_{weight}_hopper",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        scratch_types=_scratch(plan, x.dtype, stored),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(_whole_tiles(x), packed.reshape(n, -1), columns.as_loaded(scale), *[] if zero_point is None else [zero_point])
+    partial = partial[:, :, :n]
+    if whole:
+        return partial[0]
+    return finish(
+        partial.sum(axis=0), out_dtype, global_scale=global_scale, bias=bias, activation=activation, residual=residual
+    )

@@ -1,0 +1,83 @@
+"""PTX that makes pairs of 16-bit floats from nibbles, for kernels of several backends. Text only: each has its own way
+to emit it. A word holds the codes of a pair at the same place of its two halves; `$0` is the pair, `$1` the word.
+
+    integers   word & mask | exponent    the bf16 pair 128 + code, exact;  then  + (-128 - zero)
+    e2m1       sign to bit 15, exponent and mantissa to bits 8..6: the bf16 pair value * 2^-126, exact;  then  * 2^126
+    tables     both bytes of each bf16 by PRMT, four codes at a time
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+PAIR = {"bfloat16": "bf16x2", "float16": "f16x2"}  # a register of two, in PTX
+# What `| exponent` makes of a code, as 16-bit patterns, and in numbers: bf16 has 7 bits of mantissa, f16 has 10.
+MAGIC = {"bfloat16": (0x4300, 128.0), "float16": (0x6400, 1024.0)}
+# e2m1 -> float by shifts: the bit where the mantissa ends, and 2^(bias - 1).
+E2M1 = {"bfloat16": (6, 2.0**126), "float16": (9, 2.0**14)}
+
+_FP4 = (0.0, 0.0052083333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
+TABLES: dict[str, tuple[float, ...]] = {
+    "e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": (*_FP4, *(-v for v in _FP4)),
+}  # fmt: skip
+
+
+def constant(value: float, dtype: str) -> str:
+    """A register with `value` in both halves."""
+    bits = int(np.array(value, jnp.dtype(dtype)).view(np.uint16))
+    return f"0x{bits:04x}{bits:04x}"
+
+
+def with_exponent(bits: int, dtype: str, into: str = "v", word: str = "$1") -> str:
+    """`into = word & mask | exponent`: pairs `offset + code`, for codes at the halves' low ends."""
+    mask, (exponent, _) = (2**bits - 1) * 0x00010001, MAGIC[dtype]
+    return f"lop3.b32 {into}, {word}, 0x{mask:08x}, 0x{exponent:04x}{exponent:04x}, 0xEA;"
+
+
+def scaled(factor: str, dtype: str) -> str:
+    """`$1 * factor` on pairs; as a sum with -0, which sm_80 has too."""
+    zero = constant(-0.0, dtype)
+    return f"{{ .reg .b32 f, a; mov.b32 f, {factor}; mov.b32 a, {zero}; fma.rn.{PAIR[dtype]} $0, $1, f, a; }}"
+
+
+def both(dtype: str) -> str:
+    """A float32 register `$1` -> a pair of it, rounded."""
+    return f"cvt.rn.{PAIR[dtype]}.f32 $0, $1, $1;"
+
+
+def _table_registers(table: tuple[float, ...], dtype: str, high: bool) -> list[str]:
+    """Four registers with the low or high bytes of a table's 16 values, in the order of the codes."""
+    bits: Any = np.array(table, np.float32).astype(jnp.dtype(dtype)).view(np.uint16)
+    part = ((bits >> 8) if high else (bits & 0xFF)).astype(np.uint32)
+    return [f"0x{sum(int(part[4 * r + i]) << (8 * i) for i in range(4)):08x}" for r in range(4)]
+
+
+def look_up(t: int, table: tuple[float, ...], dtype: str) -> str:
+    """The table's values at nibble t of both halves of a word.
+
+    PRMT looks four codes up in 8 bytes by their low three bits: once for codes 0..7, once for 8..15, and a third PRMT
+    takes the one that the code's top bit names; so for the low bytes and for the high ones. The four codes are two
+    neighbouring nibbles of either half: what the other nibble needs too is said again, and the assembler merges it.
+    """
+
+    def bytes_of(to: str, r: list[str]) -> str:
+        return (
+            f"mov.b32 c, {r[0]}; mov.b32 d, {r[1]}; prmt.b32 a, c, d, i; "
+            f"mov.b32 c, {r[2]}; mov.b32 d, {r[3]}; prmt.b32 b, c, d, i; prmt.b32 {to}, a, b, s; "
+        )
+
+    low, high = (_table_registers(table, dtype, part) for part in (False, True))
+    return (
+        "{ .reg .b32 v, i, s, a, b, c, d, low, high; "
+        f"prmt.b32 v, $1, $1, 0x00{2 + t // 2}{t // 2}; and.b32 i, v, 0x7777; "
+        "shr.b32 s, v, 1; lop3.b32 s, s, 0x4444, 0x3210, 0xEA; "
+        f"{bytes_of('low', low)}{bytes_of('high', high)}prmt.b32 $0, low, high, {'0x7351' if t % 2 else '0x6240'}; }}"
+    )

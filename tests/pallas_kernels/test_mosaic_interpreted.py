@@ -1,0 +1,121 @@
+"""The Hopper kernels in JAX's interpreter of such kernels, on a CPU: pipelines, edges and arithmetic against float64;
+and where in a warp a code is against where `wgmma` wants its value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from pallas_kernels.mosaic import matmul_packed, operand
+from pallas_kernels.mosaic.tiles import Tile
+from qjax.dequantize import block_scales
+from qjax.qtensor import QTensor
+
+# scheme, (M, K, N), tile, error allowed against rounding the exact result: tables are rounded to x's type first
+CASES = [
+    ("w4a16", (3, 640, 70), Tile(8, 1, 1, 1, 2, 2, 0), 1.05),
+    ("w4a16:symmetric=false", (1, 1024, 64), Tile(8, 1, 2, 1, 2, 2, 1), 1.05),
+    ("w4a16:group_size=32", (9, 700, 70), Tile(8, 2, 1, 2, 1, 2, 1), 1.05),
+    ("w4a16:group_size=-1,symmetric=false", (12, 300, 33), Tile(16, 1, 1, 1, 2, 2, 0), 1.05),
+    ("w4a16:group_size=tensor", (2, 256, 64), Tile(8, 1, 1, 1, 1, 2, 0), 1.05),
+    ("w4a16:group_size=256,scale_dtype=bfloat16", (2, 1024, 40), Tile(8, 1, 1, 2, 2, 2, 1), 1.05),
+    ("nf4:double_quant=true", (2, 320, 64), Tile(8, 1, 1, 1, 2, 1, 1), 1.7),
+    ("fp4", (2, 192, 64), Tile(8, 1, 1, 1, 1, 2, 0), 1.7),
+    ("mxfp4", (3, 288, 64), Tile(8, 1, 1, 1, 1, 2, 1), 1.05),
+    ("nvfp4", (3, 256, 48), Tile(8, 1, 1, 1, 1, 1, 0), 1.05),
+]
+
+
+def _product(scheme: str, m: int, k: int, n: int, dtype: str = "bfloat16", **options) -> tuple[np.ndarray, np.ndarray]:
+    """The interpreted product and the exact one, float64."""
+    w = qjax.quantize_array(jax.random.normal(jax.random.key(0), (k, n)) * 0.02, scheme, partial_groups=True)
+    x = jax.random.normal(jax.random.key(1), (m, k)).astype(dtype)
+    scale = block_scales(w) if isinstance(w.scale, QTensor) else w.scale
+    facts = dict(weight=w.scheme.weight, group=w.scheme.block[1] or k, zero_point=w.zero_point)
+    facts["global_scale"] = w.global_scale
+    y = matmul_packed.matmul(x, w.packed, scale, interpret=True, **(facts | options))
+    return np.asarray(y, np.float64), np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
+
+
+def _rounding(exact: np.ndarray, dtype: str = "bfloat16") -> float:
+    return np.linalg.norm(exact.astype(dtype).astype(np.float64) - exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "shape", "tile", "allowed"), CASES, ids=lambda v: str(v))
+def test_an_interpreted_kernel_is_as_close_to_float64_as_rounding_once_and_does_not_race(
+    scheme: str, shape: tuple[int, int, int], tile: Tile, allowed: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    y, exact = _product(scheme, *shape, config=vars(tile))
+    assert np.linalg.norm(y - exact) <= allowed * _rounding(exact)
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_follows_the_product_is_done_in_float32() -> None:
+    bias, residual = (jax.random.normal(jax.random.key(i), s).astype("float16") for i, s in ((2, (40,)), (3, (2, 40))))
+    options = dict(config=vars(Tile(8, 1, 1, 1, 1, 2, 0)), bias=bias, residual=residual, activation=jax.nn.silu)
+    y, exact = _product("w4a16", 2, 256, 40, "float16", global_scale=jnp.float32(0.5), **options)
+    exact = 0.5 * exact + np.asarray(bias, np.float64)
+    exact = exact / (1 + np.exp(-exact)) + np.asarray(residual, np.float64)
+    assert np.linalg.norm(y - exact) <= 1.05 * _rounding(exact, "float16")
+
+
+@pytest.mark.slow
+def test_a_stack_of_weights_is_one_more_axis_of_the_grid() -> None:
+    w = qjax.quantize_array(jax.random.normal(jax.random.key(0), (2, 256, 40)), "w4a16")
+    x = jax.random.normal(jax.random.key(1), (2, 3, 256)).astype("bfloat16")
+
+    def one(x: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
+        return matmul_packed.matmul(x, packed, scale, weight="int4", group=128, interpret=True)
+
+    y = np.asarray(jax.vmap(one)(x, w.packed, w.scale), np.float64)
+    exact = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
+    assert np.linalg.norm(y - exact) <= 1.05 * _rounding(exact)
+
+
+def _places(layout, shape: tuple[int, int]) -> np.ndarray:
+    """Flat index of each element that a lane holds: `[warp, lane, register, element of the register]`."""
+    layout, of = layout.to_mgpu(), np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        lead, last = of.shape[: -len(tile)], of.shape[-len(tile) :]
+        of = of.reshape(*lead, *(n for size, t in zip(last, tile, strict=True) for n in (size // t, t)))
+        first = len(lead)
+        outer, inner = range(first, of.ndim, 2), range(first + 1, of.ndim, 2)
+        of = of.transpose(*range(first), *outer, *inner)
+    taken = (*layout.warp_dims, *layout.lane_dims, layout.vector_dim)
+    rest = [axis for axis in range(-of.ndim, 0) if axis not in taken]
+    of = of.transpose([a % of.ndim for a in (*layout.warp_dims, *layout.lane_dims, *rest, layout.vector_dim)])
+    return of.reshape(4, 32, -1, of.shape[-1])
+
+
+@pytest.mark.parametrize("piece", [range(16), range(4, 8), range(14, 16)], ids=str)
+def test_every_lane_holds_the_codes_of_the_values_that_wgmma_takes_from_it(piece: range) -> None:
+    words = _places(operand.WORDS, (64, 16))  # a row's block of words
+    values = _places(operand.VALUES, (64, 8 * len(piece)))
+    sources = operand.sources(piece)
+    assert values.shape == (4, 32, len(sources), 2)
+    for register, (t, half, j) in enumerate(sources):
+        row, word = np.divmod(words[:, :, half, j], 16)
+        wanted_row, column = np.divmod(values[:, :, register], 8 * len(piece))
+        pair = np.arange(2)
+        k = 32 * (word % 4)[..., None] + 8 * (t % 4) + 2 * (word // 4)[..., None] + pair  # docs/design.md, packed order
+        np.testing.assert_array_equal(wanted_row, np.broadcast_to(row[..., None], wanted_row.shape))
+        np.testing.assert_array_equal(8 * piece.start + column, k)
+
+
+def test_what_the_kernel_cannot_do_is_said() -> None:
+    facts = dict(weight="int4", group=48, block_n=1, x_dtype="bfloat16", x_format=None, scale_dtype="float16")
+    assert "groups of 48" in matmul_packed.unsupported(1, 96, 8, **facts, transposed=False)
+    assert "transpose" in matmul_packed.unsupported(1, 96, 8, **facts, transposed=True)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 2048])
+def test_configurations_fit_the_chip(m: int) -> None:
+    facts = dict(group=128, smem=227 * 1024, sms=132, symmetric=True)
+    found = [Tile(**config) for config in matmul_packed.configs(m, 4096, 22016, **facts)]
+    assert found
+    for tile in found:
+        assert tile.stages % tile.k_groups == 0 and tile.tile_m >= min(m, 64)
+        assert 128 * (tile.consumers + 1) * tile.registers <= 65536
