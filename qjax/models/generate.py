@@ -138,13 +138,14 @@ def _decode(
     Takes over the cache's memory.
     """
 
-    def one(before: tuple[jax.Array, KVCache], step: jax.Array) -> tuple[tuple[jax.Array, KVCache], jax.Array]:
-        tokens, cache = before
+    def one(i: jax.Array, before: tuple[jax.Array, KVCache, jax.Array]) -> tuple[jax.Array, KVCache, jax.Array]:
+        tokens, cache, new = before
         logits, cache = nnx.merge(definition, state)(tokens[:, None], cache)
-        tokens = pick(logits[:, 0], sampling, step)
-        return (tokens, cache), tokens
+        tokens = pick(logits[:, 0], sampling, first + i)
+        # No slice is updated here: that would be a copy that XLA keeps out of the step's CUDA graph.
+        return tokens, cache, jnp.where(jnp.arange(count)[:, None] == i, tokens, new)
 
-    (_, cache), new = jax.lax.scan(one, (tokens, cache), first + jnp.arange(count))
+    _, cache, new = jax.lax.fori_loop(0, count, one, (tokens, cache, jnp.zeros((count, len(tokens)), jnp.int32)))
     return new, cache
 
 

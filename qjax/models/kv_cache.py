@@ -15,22 +15,22 @@ from jax.typing import DTypeLike
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's keys (rotated) and values, `[B, capacity, kv_heads, head_dim]`."""
+    """One layer's keys (rotated) and values, `[B, kv_heads, capacity, head_dim]`: what a head reads lies together."""
 
     keys: jax.Array
     values: jax.Array
 
     def store(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> "LayerCache":
-        """With `keys`, `values` `[B, S, kv_heads, head_dim]` in the slots `positions` `[B, S]`.
+        """With `keys`, `values` `[B, kv_heads, S, head_dim]` in the slots `positions` `[B, S]`.
 
         Negative positions are padding: not stored. Nor is what lies past the capacity.
         """
-        batch, capacity = self.keys.shape[:2]
-        slots = jnp.where(positions < 0, capacity, positions)
-        rows = jnp.arange(batch)[:, None]
+        batch, heads, capacity = self.keys.shape[:3]
+        slots = jnp.where(positions < 0, capacity, positions)[:, None]
+        at = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None], slots
         return LayerCache(
-            self.keys.at[rows, slots].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[rows, slots].set(values.astype(self.values.dtype), mode="drop"),
+            self.keys.at[at].set(keys.astype(self.keys.dtype), mode="drop"),
+            self.values.at[at].set(values.astype(self.values.dtype), mode="drop"),
         )
 
 
@@ -56,7 +56,7 @@ class KVCache:
         """An empty cache of `capacity` slots a row."""
 
         def slots() -> jax.Array:
-            return jnp.zeros((batch, capacity, kv_heads, head_dim), dtype)
+            return jnp.zeros((batch, kv_heads, capacity, head_dim), dtype)
 
         return cls(
             tuple(LayerCache(slots(), slots()) for _ in range(layers)),
@@ -66,4 +66,4 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Slots a row."""
-        return self.layers[0].keys.shape[1]
+        return self.layers[0].keys.shape[2]

@@ -115,11 +115,12 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
         key_positions = positions
         if cache is not None:
             cache = cache.store(keys, values, positions)
             keys, values = cache.keys, cache.values
-            key_positions = jnp.arange(keys.shape[1])[None, :]
+            key_positions = jnp.arange(keys.shape[2])[None, :]
         mask = causal_mask(positions, key_positions, self.window)
         attended = attend(queries, keys, values, mask, scale=self.scale, softcap=self.softcap)
         return self.o_proj(attended), cache
@@ -148,17 +149,17 @@ def attend(
 ) -> jax.Array:
     """softmax(cap(scale * q k^T)) v with float32 scores; `scale` is 1 / sqrt(D) where it is not given.
 
-    `queries` `[B, S, H, D]`, `keys` and `values` `[B, T, H_kv, D]`, `mask` bool `[B, S, T]` ->
+    `queries` `[B, S, H, D]`, `keys` and `values` `[B, H_kv, T, D]`, `mask` bool `[B, S, T]` ->
     `[B, S, H * D]`. Query heads `i * H/H_kv` to `(i + 1) * H/H_kv - 1` share key-value head i.
     """
     batch, length, _, head_dim = queries.shape
-    grouped = queries.reshape(batch, length, keys.shape[2], -1, head_dim)
-    scores = jnp.einsum("bskgd,btkd->bkgst", grouped, keys, preferred_element_type=jnp.float32)
+    grouped = queries.reshape(batch, length, keys.shape[1], -1, head_dim)
+    scores = jnp.einsum("bskgd,bktd->bkgst", grouped, keys, preferred_element_type=jnp.float32)
     # Not -inf: a padded query sees no key at all, and its row must not turn into NaN.
     scores = soft_capped(scores * (head_dim**-0.5 if scale is None else scale), softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgst,btkd->bskgd", weights, values).reshape(batch, length, -1)
+    return jnp.einsum("bkgst,bktd->bskgd", weights, values).reshape(batch, length, -1)
 
 
 class MLP(nnx.Module):

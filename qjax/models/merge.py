@@ -5,6 +5,7 @@ quantized where the scheme asks for it, once for all.
 """
 
 import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -95,8 +96,8 @@ def _merge(linears: list[Any]) -> MergedLinear:
     bias = _placed(concat_shares(biases, axis=0, shares=shares), biases[0]) if biases else None
     if isinstance(first, QLinear):
         whole = concat_rows(kernels, shares=shares)
-        home = kernels[0].packed.sharding
-        if isinstance(home, NamedSharding):
+        home = _home(kernels[0].packed)
+        if home is not None:
             assert isinstance(home.mesh, Mesh), "arrays at hand lie on devices"
             n, k, *_ = (*home.spec, None, None)
             whole = jax.device_put(whole, shardings(whole, home.mesh, PartitionSpec(k, n)))
@@ -118,18 +119,21 @@ def _merge(linears: list[Any]) -> MergedLinear:
 
 def _shares(kernel: jax.Array | QTensor) -> int:
     """Over how many devices a kernel `[in, out]` is cut by its output features."""
-    array: jax.Array = kernel.packed if isinstance(kernel, QTensor) else kernel
-    if not isinstance(array.sharding, NamedSharding):
+    home = _home(kernel.packed if isinstance(kernel, QTensor) else kernel)
+    if home is None:
         return 1
-    axis = (*array.sharding.spec, None, None)[0 if isinstance(kernel, QTensor) else 1]
+    axis = (*home.spec, None, None)[0 if isinstance(kernel, QTensor) else 1]
     names = () if axis is None else (axis,) if isinstance(axis, str) else axis
-    sizes = array.sharding.mesh.shape
-    count = 1
-    for name in names:
-        count *= sizes[name]
-    return count
+    return math.prod(home.mesh.shape[name] for name in names)
+
+
+def _home(array: jax.Array) -> NamedSharding | None:
+    """Where an array lies on a mesh; None where there is none, or under a trace, where nobody knows yet."""
+    sharding = getattr(array, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
     """Where an array of the same axes lies."""
-    return jax.device_put(array, like.sharding) if isinstance(like.sharding, NamedSharding) else array
+    home = _home(like)
+    return array if home is None else jax.device_put(array, home)

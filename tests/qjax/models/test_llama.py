@@ -72,8 +72,8 @@ def test_padding_neither_enters_the_cache_nor_disturbs_other_tokens(small):
     np.testing.assert_allclose(logits[:, :4], forward(small, ids[:, :4]), atol=1e-5)
     np.testing.assert_array_equal(cache.lengths, [4])
     for layer in cache.layers:
-        assert np.all(np.asarray(layer.keys)[:, 4:] == 0)
-        assert np.all(np.asarray(layer.keys)[:, :4] != 0)
+        assert np.all(np.asarray(layer.keys)[:, :, 4:] == 0)
+        assert np.all(np.asarray(layer.keys)[:, :, :4] != 0)
     chex.assert_tree_all_finite(logits)
 
 
@@ -111,15 +111,16 @@ def test_a_window_of_three_shows_a_query_itself_and_two_before():
 
 def test_attention_is_softmax_of_scores_over_the_mask():
     rng = np.random.default_rng(0)
-    queries, keys, values = (rng.normal(size=(2, 5, heads, 4)).astype(np.float32) for heads in (6, 2, 2))
+    queries = rng.normal(size=(2, 5, 6, 4)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, 2, 5, 4)).astype(np.float32)
     mask = rng.random((2, 5, 5)) < 0.6
     mask[:, :, 0] = True
     got = attend(*map(jnp.asarray, (queries, keys, values, mask)))
     for head in range(6):
-        scores = np.einsum("bsd,btd->bst", queries[:, :, head], keys[:, :, head // 3]) / 2
+        scores = np.einsum("bsd,btd->bst", queries[:, :, head], keys[:, head // 3]) / 2
         weights = np.exp(scores) * mask
         weights /= weights.sum(-1, keepdims=True)
-        expected = weights @ values[:, :, head // 3]
+        expected = weights @ values[:, head // 3]
         np.testing.assert_allclose(got[..., head * 4 : head * 4 + 4], expected, atol=1e-5)
 
 
