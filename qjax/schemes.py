@@ -106,7 +106,7 @@ def _int_scheme(
     block = _int_block(name, group_size)
     _choice(name, "symmetric", symmetric, (True, False))
     _choice(name, "scale_dtype", scale_dtype, (None, "float16", "bfloat16", "float32"))
-    given = dict(group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    given: dict[str, Any] = dict(group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
     if group_size in (-1, "channel"):
         given["group_size"] = -1
     if activation is not None:
