@@ -16,8 +16,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
 from qjax.activations import Rows
-from qjax.epilogue import ACTIVATIONS, apply_epilogue
+from qjax.epilogue import ACTIVATIONS, GATED, apply_epilogue
 from qjax.errors import QTensorError
+from qjax.outliers import outlier_product, split_outliers
 from qjax.partition import mesh_of
 from qjax.product import Call, Operands, check_placed, product
 from qjax.qtensor import QTensor
@@ -38,8 +39,17 @@ class _Static:
 
 
 def _forward(static: _Static, x: jax.Array, w: QTensor, act_scale: Any, bias: Any, residual: Any) -> jax.Array:
-    rows = quantized(x, static.quantize, act_scale, static.call.backend)
-    return product(static.call)(Operands(rows, w, bias, residual))
+    call, beside = static.call, None
+    if static.quantize is not None and static.quantize.outliers is not None:
+        split = split_outliers(x, static.quantize.outliers, call.stack)
+        x, beside = split.rest, outlier_product(split, w)
+    rows = quantized(x, static.quantize, act_scale, call.backend)
+    if beside is None and call.activation not in GATED:
+        return product(call)(Operands(rows, w, bias, residual))
+    # A gate joins columns that lie far apart, maybe on other devices: it follows the product, in XLA's next fusion.
+    bare = dataclasses.replace(call, activation=None, out_dtype=np.dtype("float32"))
+    y = product(bare)(Operands(rows, w, bias))
+    return apply_epilogue(y, beside, call.activation, residual, call.out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -168,12 +178,14 @@ def _check(x: Any, w: Any, bias: Any, activation: str | None, residual: Any) -> 
         raise QTensorError(
             f"bias of shape {tuple(bias.shape)} for a weight of shape {w.shape}: {(*stack, w.out_features)}"
         )
-    if residual is not None and tuple(residual.shape) != (*x.shape[:-1], w.out_features):
-        raise QTensorError(
-            f"residual of shape {tuple(residual.shape)}; the product has {(*x.shape[:-1], w.out_features)}"
-        )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise QTensorError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    if activation is not None and activation not in ACTIVATIONS and activation not in GATED:
+        raise QTensorError(f"unknown activation {activation!r}; known: {', '.join((*ACTIVATIONS, *GATED))}")
+    halves, odd = divmod(w.out_features, 2)
+    if activation in GATED and odd:
+        raise QTensorError(f"{activation!r} takes gates and as many factors; the weight has {w.out_features} outputs")
+    result = (*x.shape[:-1], halves if activation in GATED else w.out_features)
+    if residual is not None and tuple(residual.shape) != result:
+        raise QTensorError(f"residual of shape {tuple(residual.shape)}; the product has {result}")
     quantize = w.scheme.activation
     if quantize is not None and quantize.mode == "static" and w.act_scale is None:
         raise QTensorError(
@@ -200,15 +212,16 @@ def matmul(
       x: float32, bfloat16 or float16 `[*stack, ..., K]`; any leading axes, also of length 0.
       w: `[*stack, K, N]`.
       bias: `[*stack, N]`.
-      activation: "relu", "silu", "gelu" (exact) or "gelu_tanh".
-      residual: `[*stack, ..., N]`, added after the activation.
+      activation: "relu", "silu", "gelu" (exact) or "gelu_tanh"; or, of a gate and a factor merged into one weight
+        (`concat_rows([gate, up])`), "silu_mul", "gelu_mul" or "gelu_tanh_mul": `f(gate) * up`, N / 2 columns.
+      residual: shaped like the result, added after the activation.
       out_dtype: of the result; default x's.
       backend: the kernel family to use, one kernel ("triton.matmul_tall"), one in a configuration
         ("xla.multiply_reduce:copy_x=0,rows=1,shares=1"), or a name from a Hugging Face config; default the fastest that
         can. Gradients take a kernel's family.
 
     Returns:
-      `[*stack, ..., N]`.
+      `[*stack, ..., N]`, or half of N.
 
     Raises:
       QTensorError: shapes or dtypes that do not meet, naming both.
@@ -216,6 +229,7 @@ def matmul(
         product, and a JaxRuntimeError carries its text.)
       BackendError: an unknown backend, or one that cannot do this product, with its reason.
       TypeError: when a gradient with respect to w is taken.
+      NotImplementedError: outliers (LLM.int8) on a mesh of Explicit axes.
     """
     if isinstance(x, QTensor):
         raise QTensorError(f"x is a {x!r}; the weight comes second: matmul(x, w)")
@@ -225,6 +239,8 @@ def matmul(
     mesh, kind = mesh_of(leaves)
     shardings: tuple[Any, ...] = (None, None, None)
     if kind == AxisType.Explicit:
+        if w.scheme.activation is not None and w.scheme.activation.outliers is not None:
+            raise NotImplementedError(f"{w.scheme} on a mesh of Explicit axes; make them Auto or Manual")
         shardings = tuple(None if a is None else jax.typeof(a).sharding for a in (x, bias, residual))
     if kind == AxisType.Manual:
         x = _vary_like(x, leaves)

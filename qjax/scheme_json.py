@@ -24,8 +24,11 @@ def _is_block(block: Any) -> bool:
 
 
 def _is_activation(activation: Activation) -> bool:
-    allowed = get_type_hints(Activation)
-    return all(value in get_args(allowed[name]) for name, value in dataclasses.asdict(activation).items())
+    allowed, given = get_type_hints(Activation), dataclasses.asdict(activation)
+    outliers = given.pop("outliers")
+    if outliers is not None and not (isinstance(outliers, float) and outliers > 0):
+        return False
+    return all(value in get_args(allowed[name]) for name, value in given.items())
 
 
 def scheme_from_dict(fields: dict[str, Any]) -> Scheme:

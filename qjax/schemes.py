@@ -26,11 +26,14 @@ class Activation:
       format: `int8` or `e4m3`.
       granularity: one scale a `token` (row of x), for the whole `tensor`, or for each `block` of 128 along K.
       mode: `dynamic` (from x itself) or `static` (the QTensor's `act_scale`; per tensor).
+      outliers: columns where some row's magnitude reaches this leave x and are multiplied as they are, up to a 64th of
+        K (`qjax.outliers`); None for none.
     """
 
     format: Literal["int8", "e4m3"]
     granularity: Literal["token", "tensor", "block"] = "token"
     mode: Literal["dynamic", "static"] = "dynamic"
+    outliers: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +106,12 @@ def _int_scheme(
     block = _int_block(name, group_size)
     _choice(name, "symmetric", symmetric, (True, False))
     _choice(name, "scale_dtype", scale_dtype, (None, "float16", "bfloat16", "float32"))
-    given = dict(group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    given: dict[str, Any] = dict(group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
     if group_size in (-1, "channel"):
         given["group_size"] = -1
     if activation is not None:
         given |= dict(activation=activation.granularity, mode=activation.mode)
+        given |= {} if activation.outliers is None else dict(outliers=activation.outliers)
     return Scheme(
         _changed(name, given, always=("group_size",) if block[1] else ()),
         f"int{bits}",
@@ -184,24 +188,34 @@ def W8A8Int8(
     scale_dtype: str | None = None,
     activation: Literal["token", "tensor"] = "token",
     mode: Literal["dynamic", "static"] = "dynamic",
+    outliers: float | None = None,
 ) -> Scheme:
     """Integer weights of 8 bits as `W8A16`, and x in int8.
 
     `s_x = max|x| / 127` over a token (or the tensor), 1 if 0; `x' = clip(round(x / s_x), -128, 127) * s_x`.
-    Source: Dettmers et al., LLM.int8 (2022), vector-wise quantization without the outlier part.
+    With `outliers`, columns of x in which some `|x|` reaches it stay as they are: `y = x'[:, rest] w[rest, :] +
+    x[:, O] w[O, :]`, the scale being that of the rest.
+    Source: Dettmers et al., LLM.int8 (2022), sections 3.1 (vector-wise quantization) and 3.2 (the decomposition).
 
     Args:
       activation: one scale a "token" or for the whole "tensor".
       mode: "static" takes the scale from the QTensor's `act_scale`, per tensor.
+      outliers: a positive threshold, 6 in the paper; at most a 64th of the columns leave, the largest. Dynamic only.
       group_size, symmetric, scale_dtype: as `W8A16`.
     """
+    x = _int8_activation("w8a8_int8", activation, mode)
+    if outliers is not None:
+        if isinstance(outliers, bool) or not isinstance(outliers, int | float) or not outliers > 0:
+            raise SchemeError(f"w8a8_int8: outliers={outliers!r}; allowed: a positive number, or None")
+        _choice("w8a8_int8", "mode", mode, ("dynamic",))
+        x = dataclasses.replace(x, outliers=float(outliers))
     return _int_scheme(
         "w8a8_int8",
         8,
         group_size,
         symmetric,
         scale_dtype,
-        _int8_activation("w8a8_int8", activation, mode),
+        x,
     )
 
 

@@ -65,7 +65,10 @@ MAY_IMPORT = {
     "qjax.display": Row(f"{TENSOR} qjax.dequantize", "treescope"),
     # A product, from the door down to the kernel.
     "qjax.contract": Row(f"{TENSOR} qjax.matmul"),
-    "qjax.matmul": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.product qjax.quantize_call"),
+    "qjax.matmul": Row(
+        f"{TENSOR} qjax.activations qjax.epilogue qjax.outliers qjax.partition qjax.product qjax.quantize_call"
+    ),
+    "qjax.outliers": Row(TENSOR),
     "qjax.quantize_call": Row(f"{TENSOR} qjax.activations qjax.partition qjax.dispatch"),
     "qjax.product": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.kernel_call"),
     "qjax.partition": Row(TENSOR),

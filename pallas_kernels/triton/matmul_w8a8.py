@@ -8,7 +8,7 @@ Operands
     codes      of x's dtype [N, K], natural order
     scale      float16, bfloat16 or float32 [ceil(N / block_n), ceil(K / g)]: one a row, a group or a block
     zero_point int8 like scale, with int8 codes; bias [N]; residual [M, N]
-    outlier_x  bfloat16 or float16 [M, C] with outlier_w [N, C]: a few columns that multiply in 16 bits (`outliers.py`)
+    outlier_x  bfloat16 or float16 [M, C] with outlier_w [N, C]: a few columns in 16 bits, as in LLM.int8
 
 Work: programs in bands of 16 tiles along M, so that those that run together share rows of both operands in the L2:
 
