@@ -1,7 +1,7 @@
 """Which kernel runs the weights of each checkpoint format, by device: dispatch's own answer, as a Markdown table.
 
-Nothing is measured here. `benchmarks.quote` puts the table into the page that has it. cuBLASLt is left out, since
-whether it is there depends on the machine.
+Nothing is measured here. `benchmarks.quote` puts the table into the page that has it. Kernels in C++ are left out,
+since whether they are built and find their libraries depends on the machine.
 """
 
 import functools
@@ -19,7 +19,7 @@ from qjax.kernel_call import problem_of
 DEVICES = ("A100", "H100", "H200", "CPU")
 ROWS_OF_X = (1, 512)  # a token, a prompt
 SIZE = 4096
-PORTABLE = tuple(route for route in ROUTES if route.backend != "cublaslt")
+PORTABLE = tuple(route for route in ROUTES if not route.module.startswith("xla_ffi."))
 
 # Formats, bits, scheme.
 WEIGHTS = (
