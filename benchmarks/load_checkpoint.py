@@ -1,24 +1,32 @@
-"""How fast does a 4-bit checkpoint load, against reading its bytes?
+"""How fast does a checkpoint load, against reading its bytes?
 
-Makes a Llama of the shape of a 7B model with random codes in a folder of its own (3.9 GB at 32 layers), reads the file
-once to the end, loads it, and prints one JSON object: gigabytes a second of both, their ratio, and device memory.
+Makes a Llama of the shape of a 7B model with random codes in a folder of its own (3.9 GB of 4 bits at 32 layers), reads
+its file to the end and loads it, each several times and the best counted: with the file in the page cache, and from the
+disk (on Linux, which drops it on request). Prints a JSON object a format; `--output` keeps them in a file beside
+those of other revisions.
 
-    python benchmarks/load_checkpoint.py --format gptq --layers 32
+    python -m benchmarks.load_checkpoint --formats gptq,awq --layers 32
+    python -m benchmarks.load_checkpoint --layers 4 --commit REVISION --output benchmarks/results/load-cpu.json
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 import qjax
+from qjax.bench.machine import describe_machine
 from qjax.checkpoints.write import write_folder
 from qjax.explain import layers
+from qjax.formats import FORMATS
 
 HIDDEN, INNER, HEADS, VOCABULARY, GROUP = 4096, 11008, 32, 32000, 128
 LINEARS = {
@@ -32,7 +40,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gptq-act-order": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": True},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"},
     "packed": {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": GROUPS}},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [GROUP, GROUP]},
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True},
 }
+BLOCK = 64  # of NF4
 
 
 def words(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -43,6 +54,17 @@ def words(rng: np.random.Generator, *shape: int) -> np.ndarray:
 def linear(rng: np.random.Generator, form: str, n: int, k: int) -> dict[str, np.ndarray]:
     """The tensors of one Linear."""
     groups = k // GROUP
+    if form == "fp8":
+        codes = rng.integers(0, 0x7F, (n, k), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+        return {"weight": codes, "weight_scale_inv": np.full((n // GROUP, groups), 0.01, np.float32)}
+    if form == "nf4":
+        state = dict(quant_type="nf4", blocksize=BLOCK, dtype="float16", shape=[n, k])
+        return {
+            "weight": words(rng, n * k // 8).view(np.uint8).reshape(-1, 1),
+            "weight.absmax": np.full(n * k // BLOCK, 0.01, np.float32),
+            "weight.quant_map": np.array(FORMATS["nf4"].codebook, np.float32),
+            "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),
+        }
     if form == "packed":
         scale = np.full((n, groups), 0.01, np.float16)
         return {"weight_packed": words(rng, n, k // 8), "weight_scale": scale, "weight_shape": np.array([n, k])}
@@ -82,37 +104,91 @@ def read_seconds(file: Path) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--format", choices=tuple(SETTINGS), default="gptq")
-    parser.add_argument("--layers", type=int, default=32)
-    args = parser.parse_args()
+def load_seconds(file: Path) -> float:
+    """To load the folder of a file."""
+    start = time.perf_counter()
+    model = qjax.load(file.parent)
+    jax.block_until_ready([layer.kernel for layer in layers(model)])
+    return time.perf_counter() - start
+
+
+def from_disk(measure: Callable[[Path], float]) -> Callable[[Path], float]:
+    """The same with the file out of the page cache."""
+
+    def measured(file: Path) -> float:
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return measure(file)
+
+    return measured
+
+
+def processor(measure: Callable[[Path], float]) -> Callable[[Path], float]:
+    """The same in seconds of processors: what a busy machine does to the other figure, it does not do to this one."""
+
+    def measured(file: Path) -> float:
+        start = time.process_time()
+        measure(file)
+        return time.process_time() - start
+
+    return measured
+
+
+def measure(form: str, count: int, repeat: int) -> dict[str, Any]:
+    """One record."""
     with tempfile.TemporaryDirectory() as root:
-        write(Path(root) / "model", args.format, args.layers)
+        write(Path(root) / "model", form, count)
         file = Path(root) / "model" / "model.safetensors"
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())  # else the system would not drop it
         size = file.stat().st_size
-        reading = min(read_seconds(file) for _ in range(2))
-        seconds = []
-        for _ in range(2):  # the first compiles
-            start = time.perf_counter()
-            model = qjax.load(file.parent)
-            jax.block_until_ready([layer.kernel for layer in layers(model)])
-            seconds.append(time.perf_counter() - start)
-        result = sum(layer.kernel.nbytes for layer in layers(model))
+
+        def best(each: Callable[[Path], float]) -> float:
+            return min(each(file) for _ in range(repeat))
+
+        first = load_seconds(file)
+        reading, loading = best(read_seconds), best(load_seconds)
+        work = best(processor(load_seconds))
+        cold_reading, cold_loading = best(from_disk(read_seconds)), best(from_disk(load_seconds))
     memory = jax.devices()[0].memory_stats() or {}
-    found = {
-        "format": args.format,
-        "device": jax.devices()[0].device_kind,
+    return {
+        "format": form,
+        "layers": count,
         "file_bytes": size,
+        "first_load_gb_s": size / first / 1e9,
         "read_gb_s": size / reading / 1e9,
-        "first_load_gb_s": size / seconds[0] / 1e9,
-        "load_gb_s": size / seconds[1] / 1e9,
-        "load_to_read": reading / seconds[1],
-        "kernel_bytes": result,
+        "load_gb_s": size / loading / 1e9,
+        "load_to_read": reading / loading,
+        "load_gb_per_processor_s": size / work / 1e9,
+        "disk_read_gb_s": size / cold_reading / 1e9,
+        "disk_load_gb_s": size / cold_loading / 1e9,
+        "disk_load_to_read": cold_reading / cold_loading,
         "peak_device_bytes": memory.get("peak_bytes_in_use"),
     }
-    print(json.dumps(found))
+
+
+def main() -> None:
+    """Measures, prints and keeps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", default=",".join(SETTINGS), help=f"of {', '.join(SETTINGS)}")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--commit", help="the revision that is measured")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where records are kept")
+    args = parser.parse_args()
+    for form in args.formats.split(","):
+        record = {"op": "load", "commit": args.commit} | measure(form, args.layers, args.repeat)
+        print(json.dumps(record), flush=True)
+        if args.output is not None:
+            keep(args.output, record)
+
+
+def keep(path: Path, record: dict[str, Any]) -> None:
+    """Adds a record to a file, in place of one of the same revision and format."""
+    found = json.loads(path.read_text()) if path.exists() else {"machine": describe_machine(), "records": []}
+    others = [r for r in found["records"] if (r["commit"], r["format"]) != (record["commit"], record["format"])]
+    lines = ",\n".join(json.dumps(r) for r in [*others, record])
+    path.write_text(f'{{"machine": {json.dumps(found["machine"])},\n"records": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python -m benchmarks.quote --check    changes nothing; exits with 1 where a page says something else
 
 A block is what lies between `<!-- quote NAME FILE -->` and `<!-- end of quote -->`, NAME being a key of `TABLES`. Where
-FILE is not there yet the block stays as it is.
+FILE is not there yet the block stays as it is. `<!-- quote kernels dispatch -->` is no measurement: the kernels that
+dispatch chooses.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gemm import MAIN_ROWS, MAIN_SHAPES
+from benchmarks.kernel_table import kernel_table
 from qjax.bench.cases import ROWS, SCHEMES, parse_rows, parse_schemes, parse_shapes
 from qjax.bench.records import read
 
@@ -72,6 +74,7 @@ def triton(records: Records) -> str:
 TABLES: dict[str, Callable[[Records], str]] = {"by-shape": by_shape, "by-scheme": by_scheme, "triton": triton}
 
 
+KERNELS = "kernels"
 PICTURED = "by-shape"  # the table with the plot that `gemm.py --draw` makes below it
 
 
@@ -95,6 +98,8 @@ def quoted(text: str, folder: Path, results: Path = RESULTS) -> str:
 
     def block(found: re.Match[str]) -> str:
         begin, name, file, end = found.groups()
+        if name == KERNELS:
+            return f"{begin}{kernel_table()}{end}"
         path = results / file
         if not path.is_file():
             return found[0]

@@ -6,6 +6,9 @@ takes six operations on two arrays of words. Arrays that are transposed have row
 that begin a power of two apart share a few lines of the cache.
 """
 
+import math
+import threading
+
 import numpy as np
 
 from qjax.layouts import BLOCK, PLANES
@@ -21,6 +24,29 @@ _APART = (
 )
 
 
+class _Scratch(threading.local):
+    """Memory that a thread works in and keeps: what is new has to be cleared by the system, page by page."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, np.ndarray] = {}
+
+    def array(self, use: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+        """An array for one `use` at a time, its values undefined."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if self.kept.get(use, np.empty(0)).nbytes < size:
+            self.kept[use] = np.empty(size, np.uint8)
+        return self.kept[use][:size].view(dtype).reshape(shape)
+
+    def copy(self, array: np.ndarray) -> np.ndarray:
+        """A C-contiguous copy."""
+        found = self.array("moved", array.shape, array.dtype.type)
+        found[...] = array
+        return found
+
+
+_SCRATCH = _Scratch()
+
+
 def pack_codes(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
     """Packs unsigned codes of any width.
 
@@ -31,12 +57,12 @@ def pack_codes(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
     """
     k, rows = codes.shape
     assert k % BLOCK == 0 and out.shape == (rows, k // BLOCK, 4 * bits), (codes.shape, out.shape, bits)
-    packed = np.empty((k // BLOCK, 4 * bits, 4, rows + _LINE), np.uint8)  # word, byte
+    packed = _SCRATCH.array("turned", (k // BLOCK, 4 * bits, 4, rows + _LINE), np.uint8)  # word, byte
     word = low = 0
     for width in PLANES[bits]:
         each = 8 // width  # codes of a byte
         digits = codes.reshape(-1, width, 2, each, 4, 2, rows)  # t_high, half of a word's half, t_low, c, l
-        ordered = np.ascontiguousarray(digits.transpose(3, 0, 4, 1, 5, 2, 6)).reshape(each, -1)
+        ordered = _SCRATCH.copy(digits.transpose(3, 0, 4, 1, 5, 2, 6)).reshape(each, -1)
         merged = _merged(ordered.view(np.uint64), low, width, bits).view(np.uint8)
         packed[:, word : word + 4 * width, :, :rows] = merged.reshape(-1, 4 * width, 4, rows)
         word, low = word + 4 * width, low + width
@@ -64,9 +90,9 @@ def pack_nibble_columns(words: np.ndarray, out: np.ndarray) -> None:
     """
     count, rows = words.shape
     blocks = words.reshape(count // 16, 4, 2, 2, rows)  # j, s, h; a nibble's place is 4*c1 + 2*c0 + l
-    moved = np.ascontiguousarray(blocks.transpose(3, 2, 0, 1, 4))
+    moved = _SCRATCH.copy(blocks.transpose(3, 2, 0, 1, 4))
     _along_k(moved)
-    turned = np.empty((count // 16, 2, 2, 4, rows + _LINE), np.uint32)  # c1, c0, j
+    turned = _SCRATCH.array("turned", (count // 16, 2, 2, 4, rows + _LINE), np.uint32)  # c1, c0, j
     turned[..., :rows] = moved.transpose(2, 0, 1, 3, 4)
     out[...] = turned.reshape(-1, 16, rows + _LINE)[:, :, :rows].transpose(2, 0, 1)
 
@@ -75,7 +101,7 @@ def pack_nibble_rows(words: np.ndarray, out: np.ndarray) -> None:
     """As `pack_nibble_columns`, of words `[R, K/8]`."""
     rows, count = words.shape
     blocks = words.reshape(rows, count // 16, 4, 2, 2)  # j, s, h
-    moved = np.ascontiguousarray(blocks.transpose(4, 3, 0, 1, 2))
+    moved = _SCRATCH.copy(blocks.transpose(4, 3, 0, 1, 2))
     _along_k(moved)
     four = np.dtype((np.void, 16))  # the words of all j
     out.view(four)[...] = moved.reshape(4, rows, -1).view(four).reshape(4, rows, -1).transpose(1, 2, 0)
@@ -83,7 +109,7 @@ def pack_nibble_rows(words: np.ndarray, out: np.ndarray) -> None:
 
 def _along_k(moved: np.ndarray) -> None:
     """Words `[h, s, ...]` whose nibbles are at places 4*c1 + 2*c0 + l -> `[c1, c0, ...]`, in place."""
-    scratch = np.empty(moved.shape[1:], np.uint32)
+    scratch = _SCRATCH.array("swapped", moved.shape[1:], np.uint32)
     _swap(moved[0], moved[1], 0, scratch)  # h for l
     for middle in moved:
         _swap(middle[0], middle[1], 1, scratch[0])  # s for c0
@@ -99,9 +125,9 @@ def pack_nibbles_across(words: np.ndarray, out: list[np.ndarray]) -> None:
     """
     k, columns = words.shape
     digits = words.reshape(k // BLOCK, 4, 2, 2, 4, 2, columns)  # j, s, h, c, l
-    moved = np.empty((2, 2, 2, k // BLOCK, 4, 4, columns + _LINE), np.uint32)
+    moved = _SCRATCH.array("turned", (2, 2, 2, k // BLOCK, 4, 4, columns + _LINE), np.uint32)
     moved[..., :columns] = digits.transpose(5, 2, 3, 0, 4, 1, 6)
-    scratch = np.empty(moved.shape[1:], np.uint32)
+    scratch = _SCRATCH.array("swapped", moved.shape[1:], np.uint32)
     _swap(moved[0], moved[1], 2, scratch)  # l
     for half in moved:
         _swap(half[0], half[1], 1, scratch[0])  # s

@@ -8,8 +8,9 @@
     w = ((codes - zero) * scale).reshape(N, K)
 
 The matrix is [N, K] flattened, then [N*K/g, g] for axis 1 (a group is g neighbours) and [g, N*K/g] for axis 0 (a group
-is every (N*K/g)-th element, over rows). Groups of axis 0 are no blocks of rows and columns: each weight gets a scale
-and a zero point of its own, which is exact, and larger than the codes.
+is every (N*K/g)-th element, over rows: every (N/g)-th row shares, at each column, a scale and a zero point). Groups of
+axis 0 are no blocks of neighbouring rows and columns: each weight gets a scale and a zero point of its own, which is
+exact, and larger than the codes.
 Sources: mobiusml/hqq `hqq/core/{quantize,bitpack,utils}.py`.
 """
 
@@ -36,6 +37,7 @@ PACKINGS = {
     8: (1, 8, "uint8"),
 }
 CODE_TENSOR = "W_q"
+ACROSS = "{} weights in groups of axis 0: each weight has a scale and a zero point of its own, which is large"
 
 # What the writer remembers of itself; the values of the first two would change the meaning of the others.
 REFUSED = ("quant_scale", "quant_zero", "view_as_float")
@@ -66,7 +68,10 @@ def reader(files: CheckpointFiles, settings: Settings) -> Source:
             return None
         return _weight(tensors), tuple(tensors.names)
 
-    return Source(read, (CODE_TENSOR,))
+    modules = [name.removesuffix(f".{CODE_TENSOR}") for name in files if name.endswith(f".{CODE_TENSOR}")]
+    axes = [f"{module}.axis" for module in modules]
+    across = [name for name in axes if name in files and files.shape(name) in ((), (1,)) and not files[name].any()]
+    return Source(read, (CODE_TENSOR,), notes=(ACROSS.format(len(across)),) if across else ())
 
 
 def _weight(tensors: ModuleTensors) -> QTensor:

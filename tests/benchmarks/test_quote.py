@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
+import qjax
 from benchmarks import quote
+from benchmarks.kernel_table import WEIGHTS
 
 RECORDS = [  # scheme, backend, m, us, speedup
     ("w4a16:group_size=128", "auto", 1, 20.04, 2.3),
@@ -66,6 +69,17 @@ def test_a_table_of_one_backend_has_no_other_records(results: Path) -> None:
 
 def test_a_block_without_results_stays_as_it_is(tmp_path: Path) -> None:
     assert quote.quoted(block("by-scheme"), tmp_path, tmp_path) == block("by-scheme")
+
+
+def test_the_table_of_kernels_is_what_dispatch_chooses() -> None:
+    text = quote.quoted("<!-- quote kernels dispatch -->\nold\n<!-- end of quote -->", Path(), Path())
+    lines = text.splitlines()
+    assert lines[1].startswith("| format | bits | scheme | A100 |") and "old" not in lines
+    assert [line.split(" | ")[1] for line in lines[3:-1]] == [bits for _, bits, _ in WEIGHTS]
+    w = qjax.quantize_array(jnp.ones((4096, 4096)), "nf4")
+    (row,) = qjax.explain(w, m=1, device="H100", x_dtype="bfloat16", backend="triton").rows
+    (line,) = (line for line in lines if "| `nf4` |" in line)
+    assert f"`{row.kernel}`" in line
 
 
 @pytest.mark.parametrize("page", quote.pages(), ids=lambda page: page.stem)

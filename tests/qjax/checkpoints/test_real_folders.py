@@ -130,4 +130,22 @@ def _dense(layer: Any) -> nnx.Linear:
 def test_scales_of_a_kv_cache_are_read_and_what_is_not_done_is_noted(real_folder: Callable[[str], Path]) -> None:
     opened = source(CheckpointFiles.open(real_folder("ct-fp8-static-tensor")))
     assert opened is not None
-    assert ["kv_cache_scheme" in note for note in opened.notes] == [True]
+    scheme, scales = opened.notes
+    assert scheme.startswith("kv_cache_scheme: ") and "scales of a KV cache, model.layers.0.self_attn." in scales
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gptq-4b-g32-asym-actorder", "ct-w4a16-g128-asym-actorder", "awq-4b-g128", "bnb-nf4"])
+def test_four_devices_compute_what_one_does(name: str, real_folder: Callable[[str], Path]) -> None:
+    mesh = jax.make_mesh((4,), ("model",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    one, four = (qjax.load(real_folder(name), activations="none", mesh=m) for m in (None, mesh))
+    for layer in layers(four):
+        if is_qtensor(layer.kernel):
+            shards = [shard.data.size for shard in layer.kernel.packed.addressable_shards]
+            assert shards == [layer.kernel.packed.size // 4] * 4
+    whole = quantized(one)
+    for module, w in quantized(four).items():
+        np.testing.assert_array_equal(w, whole[module])
+    ids = jnp.arange(64).reshape(2, 32) * 13
+    found, expected = (np.asarray(_logits(model, ids)) for model in (four, one))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
