@@ -78,11 +78,7 @@ def matmul(
     y = multiply(
         x, packed, scale, group=group, block_n=block_n, zero_point=zero_point, instructions=instructions
     )  # fmt: skip
+    y = y * x_scale
     return finish(
-        y * x_scale,
-        jnp.dtype(out_dtype),
-        global_scale=global_scale,
-        bias=bias,
-        activation=activation,
-        residual=residual,
+        y, jnp.dtype(out_dtype), global_scale=global_scale, bias=bias, activation=activation, residual=residual
     )
