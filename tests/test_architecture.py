@@ -133,8 +133,9 @@ MAY_IMPORT = {
     "pallas_kernels.mosaic.*": Row("pallas_kernels.finish pallas_kernels.result pallas_kernels.pairs"),
     "xla_ffi": Row(),
     "xla_ffi.finish": Row(),
-    "xla_ffi.cublaslt.*": Row("xla_ffi.finish"),
-    "xla_ffi.cpu.*": Row("xla_ffi.finish"),
+    "xla_ffi.manual_axes": Row(),
+    "xla_ffi.cublaslt.*": Row("xla_ffi.finish xla_ffi.manual_axes"),
+    "xla_ffi.cpu.*": Row("xla_ffi.finish xla_ffi.manual_axes"),
 }
 
 # Who may look a module up by its name: the kernels are found so, and may be absent.

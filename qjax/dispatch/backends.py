@@ -34,7 +34,7 @@ BACKENDS: dict[str, Backend] = {
         Backend("triton", "pallas_kernels.triton", "Pallas kernels lowered through Triton"),
         Backend("mosaic", "pallas_kernels.mosaic", "Pallas kernels for Hopper and Blackwell"),
         Backend("cublaslt", "xla_ffi.cublaslt", "NVIDIA's cuBLASLt through XLA's FFI"),
-        Backend("cpu", "xla_ffi.cpu", "C++ kernels for x86-64 through XLA's FFI"),
+        Backend("cpu", "xla_ffi.cpu", "C++ kernels for CPUs through XLA's FFI"),
     )
 }
 

@@ -1,4 +1,4 @@
 """Products of quantized weights on a CPU, as one custom call whose C++ half is `handlers.cc`.
 
-`matmul` is the kernel, `library` finds what `scripts/build-ffi` made. [docs/kernels/cpu.md] explains the kernels.
+`matmul` takes x as floats, `matmul_int8` as int8 codes; both go through `call`.
 """

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xla_ffi.cpu import library
+from xla_ffi.manual_axes import result_like, vary_alike
 
 
 def multiply(
@@ -35,10 +36,10 @@ def multiply(
       RuntimeError: the library of handlers is not built, or does not load.
     """
     library.register()
-    given = [a for a in (zero_point, codebook) if a is not None]
-    result = jax.ShapeDtypeStruct((x.shape[0], packed.shape[0]), jnp.float32)
+    operands = vary_alike([a for a in (x, packed, scale, zero_point, codebook) if a is not None])
+    result = result_like(operands[0], (x.shape[0], packed.shape[0]), jnp.float32)
     return jax.ffi.ffi_call(library.TARGET, result, vmap_method="broadcast_all")(
-        x, packed, scale, *given,
+        *operands,
         operands=np.int32((zero_point is not None) + 2 * (codebook is not None)),
         group=np.int64(min(group, x.shape[1])),
         block_n=np.int64(min(block_n, packed.shape[0])),

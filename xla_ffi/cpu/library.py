@@ -36,7 +36,7 @@ def missing() -> str | None:
 
 
 def instructions() -> tuple[str, ...]:
-    """The instruction sets of this machine that there are kernels for, the best first; none where the library is not."""
+    """The instruction sets of this machine that there are kernels for, the best first; none without the library."""
     library = _open()
     return () if isinstance(library, str) else tuple(library.QjaxCpuInstructions().decode().split())
 

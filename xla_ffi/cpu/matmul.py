@@ -109,7 +109,7 @@ def matmul(
     """
     y = multiply(
         x, packed, scale, group=group, block_n=block_n, zero_point=zero_point, codebook=codebook,
-        table=TABLES.get(weight, ()), **(config or {}),
+        table=TABLES.get(weight, ()), instructions=(config or {}).get("instructions", ""),
     )  # fmt: skip
     return finish(
         y, jnp.dtype(out_dtype or x.dtype), global_scale=global_scale, bias=bias, activation=activation,

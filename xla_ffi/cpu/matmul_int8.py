@@ -74,7 +74,11 @@ def matmul(
     Raises:
       RuntimeError: the library of handlers is not built, or does not load.
     """
-    y = multiply(x, packed, scale, group=group, block_n=block_n, zero_point=zero_point, **(config or {})) * x_scale
+    instructions = (config or {}).get("instructions", "")
+    y = multiply(
+        x, packed, scale, group=group, block_n=block_n, zero_point=zero_point, instructions=instructions
+    )  # fmt: skip
+    y = y * x_scale
     return finish(
         y, jnp.dtype(out_dtype), global_scale=global_scale, bias=bias, activation=activation, residual=residual
     )

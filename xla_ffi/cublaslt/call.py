@@ -24,6 +24,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 
 from xla_ffi.cublaslt import library
+from xla_ffi.manual_axes import result_like, vary_alike
 
 # cublasLtMatmulMatrixScale_t
 SCALAR, VEC16_E4M3, VEC32_E8M0, OUTER, BLOCK_1X128, BLOCK_128 = range(6)
@@ -118,15 +119,15 @@ def _aligned(scale: jax.Array) -> jax.Array:
 
 
 def _launch(call: Call, o: Operands) -> tuple[jax.Array, jax.Array | None]:
-    axes = o.x.ndim - 2
+    o, axes = vary_alike(o), o.x.ndim - 2
     given = {name: a for name in _ROLES if (a := getattr(o, name)) is not None}
     lead = np.broadcast_shapes(*(a.shape[:axes] for a in (o.x, o.w, *given.values())))
     results = [
-        jax.ShapeDtypeStruct((*lead, o.x.shape[-2], o.w.shape[-2]), call.out_dtype),
-        jax.ShapeDtypeStruct((WORKSPACE,), jnp.uint8),
+        result_like(o.x, (*lead, o.x.shape[-2], o.w.shape[-2]), call.out_dtype),
+        result_like(o.x, (WORKSPACE,), jnp.uint8),
     ]
     if o.out_scale is not None:
-        results.append(jax.ShapeDtypeStruct((*lead, 4), jnp.float32))  # of 16 bytes the first 4
+        results.append(result_like(o.x, (*lead, 4), jnp.float32))  # of 16 bytes the first 4
     attributes = {f.name: np.int32(getattr(call, f.name)) for f in dataclasses.fields(call) if f.name != "out_dtype"}
     operands = sum(1 << i for i, name in enumerate(_ROLES) if name in given)
     y, _, *amax = jax.ffi.ffi_call(library.TARGET, results)(

@@ -1,0 +1,135 @@
+// Products of every form without XLA, for a build with sanitizers: operands end where their memory does, tasks run on
+// threads of their own, and every instruction set has to agree with the portable one.
+#include "handlers.cc"
+
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <thread>
+
+namespace qjax::cpu {
+namespace {
+
+std::vector<std::thread>& Threads() {
+  static std::vector<std::thread> threads;
+  return threads;
+}
+
+XLA_FFI_Error* Schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
+  Threads().emplace_back(args->task, args->data);
+  return nullptr;
+}
+
+XLA_FFI_Error* NumThreads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
+  *args->num_threads = 3;
+  return nullptr;
+}
+
+// An array that owns exactly its bytes.
+struct Owned {
+  Owned(ffi::DataType type, size_t item, std::vector<int64_t> shape) : dims(std::move(shape)) {
+    size = item;
+    for (int64_t d : dims) size *= d;
+    if (posix_memalign(&data, 64, size) != 0) std::abort();
+    buffer = {sizeof buffer, nullptr, static_cast<XLA_FFI_DataType>(type), data, int64_t(dims.size()), dims.data()};
+  }
+  Owned(const Owned&) = delete;
+  ~Owned() { std::free(data); }
+
+  void FillWithBytes(std::mt19937& random) {
+    for (size_t i = 0; i < size; ++i) static_cast<uint8_t*>(data)[i] = random() % 112;  // no NaN in FP8
+  }
+  void FillWithFloats(std::mt19937& random) {
+    for (size_t i = 0; i < size / 4; ++i) static_cast<float*>(data)[i] = (random() % 1000) / 500.0f - 1;
+  }
+
+  std::vector<int64_t> dims;
+  size_t size;
+  void* data = nullptr;
+  XLA_FFI_Buffer buffer;
+};
+
+struct Case {
+  ffi::DataType codes;
+  int bits;
+  int64_t m, k, n, group;
+  bool zero, int8_x;
+};
+
+// Whether all sets of instructions agree on a product; false with a word on what does not.
+bool Agrees(const Case& c, ffi::ThreadPool& pool) {
+  std::mt19937 random(1);
+  const int64_t groups = (c.k + c.group - 1) / c.group;
+  Owned x(c.int8_x ? ffi::S8 : ffi::F32, c.int8_x ? 1 : 4, {c.m, c.k}), scale(ffi::F32, 4, {c.n, groups});
+  Owned packed = c.bits == 8 ? Owned(c.codes, 1, {c.n, c.k}) : Owned(c.codes, 4, {c.n, (c.k + 127) / 128, 4 * c.bits});
+  Owned y(ffi::F32, 4, {c.m, c.n}), zero(ffi::S8, 1, {c.n, groups});
+  c.int8_x ? x.FillWithBytes(random) : x.FillWithFloats(random);
+  packed.FillWithBytes(random), scale.FillWithFloats(random), zero.FillWithBytes(random);
+  Operands o{ffi::AnyBuffer(&x.buffer), ffi::AnyBuffer(&packed.buffer), ffi::AnyBuffer(&scale.buffer),
+             ffi::AnyBuffer(&y.buffer), {}};
+  if (c.zero) o.role[kZeroPoint] = ffi::AnyBuffer(&zero.buffer);
+  Product p{};
+  const float table[256] = {};
+  const int entries = c.codes == ffi::U8 ? 256 : 0;
+  if (ffi::Error error = Describe(o, ffi::Span<const float>(table, entries), c.group, 1, p); error.failure()) {
+    std::printf("%s\n", error.message().c_str());
+    return false;
+  }
+  std::vector<float> first;
+  auto run = [&](const Instructions& set) {
+    if (!set.available()) return true;
+    Run(p, set, pool);
+    std::vector<float> got(p.y, p.y + c.m * c.n);
+    for (std::thread& thread : Threads()) thread.join();
+    Threads().clear();
+    if (first.empty()) first = got;
+    double error = 0, size = 1e-30;
+    for (size_t i = 0; i < got.size(); ++i) error += std::pow(got[i] - first[i], 2), size += std::pow(first[i], 2);
+    if (error <= 1e-10 * size) return true;
+    std::printf("%s: %g of %g\n", set.name, error, size);
+    return false;
+  };
+  bool agree = true;
+  if (c.int8_x)
+    for (const Instructions& set : kForInt8) agree = run(set) && agree;
+  else
+    for (const Instructions& set : kForFloats) agree = run(set) && agree;
+  return agree;
+}
+
+}  // namespace
+
+int Main() {
+  XLA_FFI_Api api{};
+  api.XLA_FFI_ThreadPool_Schedule = Schedule;
+  api.XLA_FFI_ThreadPool_NumThreads = NumThreads;
+  ffi::DiagnosticEngine diagnostic;
+  ffi::ThreadPool pool = *ffi::CtxDecoding<ffi::ThreadPool>::Decode(&api, nullptr, diagnostic);
+  struct Kind {
+    ffi::DataType type;
+    int bits;
+  };
+  const Kind kinds[] = {{ffi::U32, 2}, {ffi::U32, 3}, {ffi::U32, 4}, {ffi::U32, 5}, {ffi::U32, 6},
+                        {ffi::S8, 8}, {ffi::F8E4M3FN, 8}, {ffi::F8E5M2, 8}, {ffi::U8, 8}};
+  int done = 0;
+  for (const Kind& kind : kinds)
+    for (int64_t m : {1, 2, 7, 65})
+      for (int64_t group : {392, 128, 32, 16})
+        for (int flags = 0; flags < 4; ++flags) {
+          const bool zero = flags & 1, int8_x = flags & 2, is_int = kind.type == ffi::U32 || kind.type == ffi::S8;
+          if ((zero && !is_int) || (int8_x && (!is_int || (kind.bits != 4 && kind.bits != 8)))) continue;
+          if (int8_x && group < (kind.bits == 4 ? 32 : 128)) continue;
+          const Case c{kind.type, kind.bits, m, 392, m == 65 ? 150 : 1100, group, zero, int8_x};
+          if (!Agrees(c, pool)) {
+            std::printf("bits %d m %d group %d zero %d int8 x %d\n", c.bits, int(m), int(group), zero, int8_x);
+            return 1;
+          }
+          ++done;
+        }
+  std::printf("%d products\n", done);
+  return 0;
+}
+
+}  // namespace qjax::cpu
+
+int main() { return qjax::cpu::Main(); }
