@@ -220,22 +220,15 @@ class _Calibration:
             return [(quantize_layer(layer, statistics, self.recipe), None) for layer in layers]
         factors = factors_of(layers, statistics, self.recipe)
         if norm is not None:
-            factors = self._fold(norm, factors)
+            whole = self.norms.get(norm.leaf, self.leaves[norm.leaf])
+            # The model goes on with the norm as it was: what it has put out before is in the frontiers.
+            self.norms[norm.leaf], factors = norm.divide(whole, factors)
         scaled = [dataclasses.replace(a, weight=a.weight * factors[:, None]) for a in layers]
         found = [quantize_layer(layer, statistics.divided(factors), self.recipe) for layer in scaled]
         found = [dataclasses.replace(w, dtype=a.weight.dtype) for w, a in zip(found, layers, strict=True)]
         if norm is not None:
             return [(w, factors) for w in found]
         return [(dataclasses.replace(w, input_scale=1 / factors), None) for w in found]
-
-    def _fold(self, norm: Unit, factors: jax.Array) -> jax.Array:
-        """Divides a norm's weight; the factors that this comes to in its dtype."""
-        leaf, index = norm
-        whole = self.norms.get(leaf, self.subject.leaves[leaf])
-        before = whole[index].astype(jnp.float32)
-        after = (before / factors).astype(whole.dtype)
-        self.norms[leaf] = whole.at[index].set(after)
-        return jnp.where(after == 0, 1.0, before / jnp.where(after == 0, 1, after).astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -14,6 +14,7 @@ from qjax.calibration import AWQ, GPTQ, HQQ, MSE, SmoothQuant
 from qjax.calibration.layer import Layer, quantize_layer
 from qjax.calibration.moments import add, measure
 from qjax.errors import CalibrationError
+from qjax.models.llama import RMSNorm
 
 SCHEME = "w4a16:group_size=16,symmetric=false"
 
@@ -235,3 +236,22 @@ def test_a_params_tree_has_to_come_with_a_linen_model(mlp):
         qjax.calibrate(model, batches, "gptq", SCHEME)
     with pytest.raises(CalibrationError, match="for a linen module"):
         qjax.calibrate(Gated(), batches, "gptq", SCHEME, params={})
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_norms_of_a_llama_take_factors_up(offset):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.norm = RMSNorm(32, epsilon=1e-6, offset=offset, param_dtype=jnp.float32)
+            self.norm.weight.set_value(jnp.linspace(-0.5, 2, 32) - offset)
+            self.dense = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.dense(self.norm(x))
+
+    model, x = Model(), jax.random.normal(jax.random.key(0), (40, 32))
+    before, weight = model(x), model.norm.weight.get_value()
+    qjax.calibrate(model, [x], "awq", "w8a16:group_size=16")
+    assert model.dense.kernel.get_value().input_scale is None
+    assert not np.allclose(model.norm.weight.get_value(), weight)
+    np.testing.assert_allclose(model(x), before, atol=0.02 * float(jnp.max(jnp.abs(before))))
