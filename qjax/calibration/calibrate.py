@@ -150,7 +150,7 @@ class _Calibration:
         frontiers = [start(program, batch) for batch in batches]
         floats = list(frontiers) if self.recipe.outputs == "float" else None
         kept: dict[Input, Statistics] = {}
-        for segment in track(segments, "calibrating", show=progress):
+        for at, segment in enumerate(track(segments, "calibrating", show=progress)):
             for number in range(len(batches)):
                 seen, frontiers[number] = advance(segment, self.leaves, frontiers[number])
                 aims: dict[Input, jax.Array] = {}
@@ -162,7 +162,7 @@ class _Calibration:
             for stage in segment.stages:
                 total = functools.reduce(add, [kept[key] for key in stage.inputs])
                 self._quantize(stage, total, norms)
-            _forget(kept, segments, segment)
+            _forget(kept, segments[at + 1 :])
 
     def _check_reached(self, program: Program) -> None:
         """Raises for kernels that nothing enters; tables among them are rounded to nearest."""
@@ -236,9 +236,8 @@ def _dequantized(w: QTensor, dtype: np.dtype) -> jax.Array:
     return w.dequantize(dtype)
 
 
-def _forget(kept: dict[Input, Statistics], segments: Sequence[Segment], done: Segment) -> None:
-    """Drops statistics that no stage after `done` waits for."""
-    later = segments[segments.index(done) + 1 :]
+def _forget(kept: dict[Input, Statistics], later: Sequence[Segment]) -> None:
+    """Drops what no stage of later segments waits for."""
     waited = {key for segment in later for stage in segment.stages for key in stage.inputs}
     for key in [key for key in kept if key not in waited]:
         del kept[key]

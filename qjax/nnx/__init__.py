@@ -1,6 +1,7 @@
 """Quantized `flax.nnx` layers, argument for argument Flax's own, and `quantize`, which swaps them into a module."""
 
 from .convert import quantize as quantize
+from .fake_quant import fake_quantize as fake_quantize
 from .qeinsum import QEinsum as QEinsum
 from .qembed import QEmbed as QEmbed
 from .qlinear import QLinear as QLinear

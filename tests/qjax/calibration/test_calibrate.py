@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import qjax
 import qjax.linen
@@ -255,3 +257,19 @@ def test_the_norms_of_a_llama_take_factors_up(offset):
     assert model.dense.kernel.get_value().input_scale is None
     assert not np.allclose(model.norm.weight.get_value(), weight)
     np.testing.assert_allclose(model(x), before, atol=0.02 * float(jnp.max(jnp.abs(before))))
+
+
+@pytest.mark.slow
+def test_batches_and_kernels_that_are_cut_over_a_mesh_give_the_same_weights(mlp):
+    model, params, batches = mlp
+    recipe = GPTQ(order="static", clip=True, passes=1, outputs="float")
+    alone = qjax.calibrate(model, batches, recipe, SCHEME, params=params)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rows, columns = (NamedSharding(mesh, P(*spec)) for spec in (("model", None), (None, "model")))
+    cut = jax.device_put(params, {"up": {"kernel": columns, "bias": None}, "down": {"kernel": rows, "bias": None}})
+    batches = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in batches]
+    found = qjax.calibrate(model, batches, recipe, SCHEME, params=cut)
+    for name, spec in (("up", ("model",)), ("down", (None, "model"))):
+        w = found[name]["kernel"]
+        assert w.packed.sharding.spec[: len(spec)] == spec
+        np.testing.assert_allclose(w.dequantize(), alone[name]["kernel"].dequantize(), atol=1e-6)
