@@ -95,12 +95,14 @@ MAY_IMPORT = {
     "qjax.lookup": Row(f"{TENSOR} qjax.dequantize"),
     "qjax.flax_kernel": Row(f"{TENSOR} qjax.quantize qjax.partition qjax.sharding"),
     "qjax.convert": Row(f"{TENSOR} qjax.flax_kernel qjax.progress qjax.rules qjax.linen"),
+    "qjax.fake_quant": Row("qjax.convert qjax.flax_kernel qjax.schemes qjax.linen"),
     "qjax.explain": Row(f"{TENSOR} qjax.kernel_call qjax.dispatch qjax.devices", "flax"),
     "qjax.checkpoints.load": Row(f"{TENSOR} qjax.checkpoints qjax.models qjax.devices qjax.sharding"),
     "qjax.checkpoints.save": Row(f"{TENSOR} qjax.checkpoints qjax.models", "flax"),
     "qjax.linen.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup", "flax"),
     "qjax.nnx.*": Row(
-        f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress qjax.dispatch", "flax"
+        f"{PRODUCT} qjax.fake_quant qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress qjax.dispatch",
+        "flax",
     ),
     "qjax.checkpoints.*": Row(
         f"{TENSOR} qjax.host_layouts qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"

@@ -15,7 +15,7 @@ from qjax.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-RESULTS = ROOT / "benchmarks" / "results" / "accuracy-cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -89,13 +89,15 @@ def test_notebooks_are_committed_without_outputs() -> None:
             assert not cell.get("outputs") and cell.get("execution_count") is None, notebook.name
 
 
-def measured() -> dict[str, dict[str, str]]:
-    """Scheme -> what a table may say of it, by heading."""
-    document = json.loads(RESULTS.read_text(encoding="utf-8"))
-    base, dense = document["base_perplexity"], 2 * 3_145_728
-    found = {"bf16": {"bytes": f"{dense:,}", "ratio": "1.00x", "perplexity": f"{base:.3f}"}}
-    for row in document["rows"]:
-        found[row["scheme"]] = {
+def measured() -> dict[tuple[str, str], dict[str, str]]:
+    """Scheme and recipe (none is to nearest) -> what a table may say of it, by heading."""
+    rounded, calibrated = (
+        json.loads((RESULTS / f"{name}-cpu.json").read_text(encoding="utf-8")) for name in ("accuracy", "calibration")
+    )
+    base, dense = rounded["base_perplexity"], 2 * 3_145_728
+    found = {("bf16", ""): {"bytes": f"{dense:,}", "ratio": "1.00x", "perplexity": f"{base:.3f}"}}
+    for row in rounded["rows"] + calibrated["rows"]:
+        found[row["scheme"], row.get("recipe", "")] = {
             "bytes": f"{row['bytes']:,}",
             "ratio": f"{dense / row['bytes']:.2f}x",
             "bits/weight": f"{16 * row['bytes'] / dense:.3f}",
@@ -112,7 +114,7 @@ def test_tables_quote_what_was_measured(page: Path) -> None:
     known = measured()
     for row in tables(page):
         if "perplexity" in row:
-            said = known[row["scheme"]]
+            said = known[row["scheme"], row.get("recipe", "")]
             assert {head: row[head] for head in said if head in row} == {h: v for h, v in said.items() if h in row}
 
 

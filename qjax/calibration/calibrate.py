@@ -150,7 +150,7 @@ class _Calibration:
         frontiers = [start(program, batch) for batch in batches]
         floats = list(frontiers) if self.recipe.outputs == "float" else None
         kept: dict[Input, Statistics] = {}
-        for segment in track(segments, "calibrating", show=progress):
+        for at, segment in enumerate(track(segments, "calibrating", show=progress)):
             for number in range(len(batches)):
                 seen, frontiers[number] = advance(segment, self.leaves, frontiers[number])
                 aims: dict[Input, jax.Array] = {}
@@ -162,7 +162,7 @@ class _Calibration:
             for stage in segment.stages:
                 total = functools.reduce(add, [kept[key] for key in stage.inputs])
                 self._quantize(stage, total, norms)
-            _forget(kept, segments, segment)
+            _forget(kept, segments[at + 1 :])
 
     def _check_reached(self, program: Program) -> None:
         """Raises for kernels that nothing enters; tables among them are rounded to nearest."""
@@ -220,7 +220,9 @@ class _Calibration:
             return [(quantize_layer(layer, statistics, self.recipe), None) for layer in layers]
         factors = factors_of(layers, statistics, self.recipe)
         if norm is not None:
-            factors = self._fold(norm, factors)
+            whole = self.norms.get(norm.leaf, self.leaves[norm.leaf])
+            # The model goes on with the norm as it was: what it has put out before is in the frontiers.
+            self.norms[norm.leaf], factors = norm.divide(whole, factors)
         scaled = [dataclasses.replace(a, weight=a.weight * factors[:, None]) for a in layers]
         found = [quantize_layer(layer, statistics.divided(factors), self.recipe) for layer in scaled]
         found = [dataclasses.replace(w, dtype=a.weight.dtype) for w, a in zip(found, layers, strict=True)]
@@ -228,24 +230,14 @@ class _Calibration:
             return [(w, factors) for w in found]
         return [(dataclasses.replace(w, input_scale=1 / factors), None) for w in found]
 
-    def _fold(self, norm: Unit, factors: jax.Array) -> jax.Array:
-        """Divides a norm's weight; the factors that this comes to in its dtype."""
-        leaf, index = norm
-        whole = self.norms.get(leaf, self.subject.leaves[leaf])
-        before = whole[index].astype(jnp.float32)
-        after = (before / factors).astype(whole.dtype)
-        self.norms[leaf] = whole.at[index].set(after)
-        return jnp.where(after == 0, 1.0, before / jnp.where(after == 0, 1, after).astype(jnp.float32))
-
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantized(w: QTensor, dtype: np.dtype) -> jax.Array:
     return w.dequantize(dtype)
 
 
-def _forget(kept: dict[Input, Statistics], segments: Sequence[Segment], done: Segment) -> None:
-    """Drops statistics that no stage after `done` waits for."""
-    later = segments[segments.index(done) + 1 :]
+def _forget(kept: dict[Input, Statistics], later: Sequence[Segment]) -> None:
+    """Drops what no stage of later segments waits for."""
     waited = {key for segment in later for stage in segment.stages for key in stage.inputs}
     for key in [key for key in kept if key not in waited]:
         del kept[key]

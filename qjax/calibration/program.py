@@ -39,7 +39,7 @@ class Constant:
     value: Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Step:
     """`outputs = run(*inputs)`; `name` and `params` are the primitive's."""
 

@@ -21,7 +21,7 @@ class Stage:
     inputs: tuple[Input, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Segment:
     """Steps up to where a layer's input is known.
 

@@ -2,6 +2,7 @@
 
 from .backends import set_backends as set_backends
 from .convert import quantize as quantize
+from .fake_quant import fake_quantize as fake_quantize
 from .qeinsum import QEinsum as QEinsum
 from .qembed import QEmbed as QEmbed
 from .qlinear import QLinear as QLinear

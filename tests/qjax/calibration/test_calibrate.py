@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import qjax
 import qjax.linen
@@ -14,6 +16,7 @@ from qjax.calibration import AWQ, GPTQ, HQQ, MSE, SmoothQuant
 from qjax.calibration.layer import Layer, quantize_layer
 from qjax.calibration.moments import add, measure
 from qjax.errors import CalibrationError
+from qjax.models.llama import RMSNorm
 
 SCHEME = "w4a16:group_size=16,symmetric=false"
 
@@ -235,3 +238,38 @@ def test_a_params_tree_has_to_come_with_a_linen_model(mlp):
         qjax.calibrate(model, batches, "gptq", SCHEME)
     with pytest.raises(CalibrationError, match="for a linen module"):
         qjax.calibrate(Gated(), batches, "gptq", SCHEME, params={})
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_norms_of_a_llama_take_factors_up(offset):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.norm = RMSNorm(32, epsilon=1e-6, offset=offset, param_dtype=jnp.float32)
+            self.norm.weight.set_value(jnp.linspace(-0.5, 2, 32) - offset)
+            self.dense = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.dense(self.norm(x))
+
+    model, x = Model(), jax.random.normal(jax.random.key(0), (40, 32))
+    before, weight = model(x), model.norm.weight.get_value()
+    qjax.calibrate(model, [x], "awq", "w8a16:group_size=16")
+    assert model.dense.kernel.get_value().input_scale is None
+    assert not np.allclose(model.norm.weight.get_value(), weight)
+    np.testing.assert_allclose(model(x), before, atol=0.02 * float(jnp.max(jnp.abs(before))))
+
+
+@pytest.mark.slow
+def test_batches_and_kernels_that_are_cut_over_a_mesh_give_the_same_weights(mlp):
+    model, params, batches = mlp
+    recipe = GPTQ(order="static", clip=True, passes=1, outputs="float")
+    alone = qjax.calibrate(model, batches, recipe, SCHEME, params=params)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rows, columns = (NamedSharding(mesh, P(*spec)) for spec in (("model", None), (None, "model")))
+    cut = jax.device_put(params, {"up": {"kernel": columns, "bias": None}, "down": {"kernel": rows, "bias": None}})
+    batches = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in batches]
+    found = qjax.calibrate(model, batches, recipe, SCHEME, params=cut)
+    for name, spec in (("up", ("model",)), ("down", (None, "model"))):
+        w = found[name]["kernel"]
+        assert w.packed.sharding.spec[: len(spec)] == spec
+        np.testing.assert_allclose(w.dequantize(), alone[name]["kernel"].dequantize(), atol=1e-6)

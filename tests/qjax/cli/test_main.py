@@ -156,7 +156,7 @@ def test_quantize_by_a_recipe_looks_at_a_text(tmp_path: Path, capsys: pytest.Cap
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
     assert config["desc_act"] and config["sym"] and config["bits"] == 4
     ours, theirs = (load(tmp_path / name).layers[0].self_attn.k_proj.kernel.get_value() for name in ("out", "gptq"))
-    assert np.array_equal(ours.dequantize(), theirs.dequantize())
+    assert np.array_equal(ours.dequantize(np.float32), theirs.dequantize(np.float32))
 
 
 def test_quantize_says_what_became_of_the_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
