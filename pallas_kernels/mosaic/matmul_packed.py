@@ -176,8 +176,10 @@ def _kernel(plan: Plan, *refs: Any, **s: Any) -> None:
     x_ref, w_ref, scale_ref, *zero_ref, out_ref = refs
     along_m, along_n, _ = plan.grid
     program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
+    of_cluster = jax.lax.axis_index("cluster") if tile.cluster > 1 else 0
     first_x = jax.lax.rem(program, along_m) * tile.tile_m
-    first_row = jax.lax.rem(jax.lax.div(program, along_m), along_n) * tile.rows
+    along = jax.lax.rem(jax.lax.div(program, along_m), along_n)
+    first_row = (along * tile.cluster + of_cluster) * tile.rows
     share = jax.lax.div(program, along_m * along_n)
     hand_over = tile.needs > tile.registers
     few, many = tile.handed_over(entries_of(plan.group, plan.zeros))
@@ -206,6 +208,13 @@ def _kernel(plan: Plan, *refs: Any, **s: Any) -> None:
             _store(total, s["out"].at[row_group], at)
 
 
+def _empty(tile: Tile) -> Any:
+    """Barriers that say that a stage has been read, by all programs of a cluster where x comes into all of them."""
+    if tile.cluster == 1:
+        return plgpu.Barrier(num_arrivals=tile.row_groups, num_barriers=tile.stages)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=tile.row_groups, num_barriers=tile.stages)
+
+
 def _scratch(plan: Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
     tile, smem = plan.tile, plgpu.SMEM
@@ -216,7 +225,7 @@ def _scratch(plan: Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
         scale=smem(entries, jnp.uint32 if plan.scales_values else jnp.float32),
         out=smem((tile.row_groups, tile.tile_m, ROWS), out_dtype),
         full=plgpu.Barrier(num_arrivals=tile.blocks + 2, num_barriers=tile.stages),
-        empty=plgpu.Barrier(num_arrivals=tile.row_groups, num_barriers=tile.stages),
+        empty=_empty(tile),
     )
     if plan.zeros:
         found["zero"] = smem(entries, jnp.uint32)
@@ -281,6 +290,8 @@ def matmul(
         out_type=jax.ShapeDtypeStruct((tile.split_k, m, -(-n // unit) * unit), stored),
         grid=(math.prod(plan.grid),),
         grid_names=("program",),
+        cluster=(tile.cluster,) if tile.cluster > 1 else (),
+        cluster_names=("cluster",) if tile.cluster > 1 else (),
         num_threads=tile.consumers + 1,
         thread_name="warpgroup",
         kernel_name=f"qjax_{weight}_hopper",

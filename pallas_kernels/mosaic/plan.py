@@ -58,8 +58,9 @@ class Plan:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Programs along M, N and K. Neighbours share their rows of the weight, which come from memory once."""
-        return -(-self.m // self.tile.tile_m), -(-self.n // self.tile.rows), self.tile.split_k
+        """Clusters along M, N and K. Neighbours share their rows of the weight, which come from memory once."""
+        tile = self.tile
+        return -(-self.m // tile.tile_m), -(-self.n // (tile.rows * tile.cluster)), tile.split_k
 
     @property
     def swizzle(self) -> tuple[Any, Any]:

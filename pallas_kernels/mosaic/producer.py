@@ -54,6 +54,7 @@ def produce(plan: Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, refs:
     """
     tile, (first_x, first_row, first_stage) = plan.tile, at
     rows, stage = pl.ds(first_row, tile.rows), tile.blocks * BLOCK
+    shared = "cluster" if tile.cluster > 1 else None
 
     def codes_of(i: Any, blocks: int) -> Any:
         return w_ref.at[rows, pl.ds((first_stage * tile.blocks + i) * WORDS_A_BLOCK, blocks * WORDS_A_BLOCK)]
@@ -75,7 +76,7 @@ def produce(plan: Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, refs:
         for block in range(tile.blocks):
             plgpu.copy_gmem_to_smem(codes_of(tile.blocks * i + block, 1), s["w"].at[slot, block], s["full"].at[slot])
         x = x_ref.at[pl.ds(first_x, tile.tile_m), pl.ds((first_stage + i) * stage, stage)]
-        plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot])
+        plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot], collective_axes=shared)
         for name, of_groups in entries.items():
             for index, entry in enumerate(of_groups):
                 s[name][slot, index] = entry
