@@ -97,6 +97,7 @@ def _ahead_if_it_fits(tile: Tile, columns: int) -> Tile:
 def decode_tile(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> Tile:
     """A first choice, unmeasured: one wave of programs, each with four consumer warpgroups or nearly.
 
+    Shares of K cost a second launch, which adds them: for weights that leave three quarters of the chip idle.
     Half of the shared memory at most, where that leaves two stages: the next launch's programs fit beside this one's
     and start while it ends.
     """
@@ -105,7 +106,7 @@ def decode_tile(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> Ti
     tiles, rounds = -(-n // ROWS) * -(-m // tile_m), -(-k // (BLOCK * blocks))
     row_groups = 2 if m > 64 else min(3, -(-tiles // sms))
     split_k = 1
-    while 2 * split_k * tiles <= sms and rounds // (2 * split_k) >= 4:
+    while 4 * split_k * tiles <= sms and rounds // (2 * split_k) >= 4:
         split_k *= 2
     k_groups = {1: 4, 2: 2, 3: 1}[row_groups]
     tile = Tile(tile_m, row_groups, k_groups, split_k, 0, blocks, 0)
