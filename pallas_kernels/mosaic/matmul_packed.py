@@ -36,7 +36,6 @@ NF4 and FP4 values are rounded to x's type.
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -49,10 +48,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.finish import finish
 from pallas_kernels.mosaic import accumulate, columns, operand
 from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, SINGLE, VALUES, WORDS, WORDS_A_BLOCK
+from pallas_kernels.mosaic.plan import Plan, entries_of
+from pallas_kernels.mosaic.producer import produce
 from pallas_kernels.mosaic.tiles import Tile, candidates, decode_tile
-from pallas_kernels.pairs import MAGIC
-
-_EXACT_FACTORS = ("float8_e8m0fnu", "float8_e4m3fn")
 
 
 def unsupported(
@@ -73,139 +71,15 @@ def unsupported(
     return None
 
 
-def _entries(group: int, zero_point: bool) -> int:
-    """32-bit entries of a row in a block: of scales and of zero points."""
-    return max(1, BLOCK // group) * (1 + zero_point)
-
-
 def configs(
     m: int, k: int, n: int, *, group: int, smem: int, sms: int, symmetric: bool, **_: Any
 ) -> list[dict[str, int]]:
     """Configurations worth measuring."""
-    return [dataclasses.asdict(tile) for tile in candidates(m, n, k, _entries(group, not symmetric), sms, smem)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Static facts of one call."""
-
-    m: int
-    n: int
-    blocks: int  # of 128 columns along K
-    weight: str
-    scale: str  # dtype of the scales
-    group: int  # elements that share a scale; all of K, rounded up, where a row has one
-    zeros: bool
-    tile: Tile
-    interpret: bool
-
-    @property
-    def groups(self) -> int:
-        """Those of a block of 128."""
-        return max(1, BLOCK // self.group)
-
-    @property
-    def scales_values(self) -> bool:
-        """Whether scales multiply the values."""
-        return self.weight == "e2m1" and self.scale in _EXACT_FACTORS
-
-    @property
-    def pieces(self) -> int:
-        """Products that a block is cut into: one for each group with a scale of its own."""
-        return 1 if self.scales_values else self.groups
-
-    @property
-    def width(self) -> int:
-        """Columns of a product."""
-        return BLOCK // self.pieces
-
-    @property
-    def rounds(self) -> int:
-        """Stages that a program has: as many for each of its warpgroups along K."""
-        tile = self.tile
-        return -(-self.blocks // (tile.blocks * tile.split_k * tile.k_groups)) * tile.k_groups
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Programs along M, N and K. Neighbours share their rows of the weight, which come from memory once."""
-        return -(-self.m // self.tile.tile_m), -(-self.n // self.tile.rows), self.tile.split_k
-
-    @property
-    def swizzle(self) -> tuple[Any, Any]:
-        """How x lies in shared memory: in tiles of as many columns as a product has, at most 64."""
-        width = min(64, self.width)
-        return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)  # type: ignore[abstract]
-
-
-def _entry_of(plan: _Plan, ref: Any, stage: jax.Array, index: int) -> jax.Array:
-    """Which column of scales is number `index` of a stage's."""
-    column = (
-        stage * (plan.tile.blocks * plan.groups) + index
-        if plan.group <= BLOCK
-        else (stage * plan.tile.blocks + index) // (plan.group // BLOCK)
-    )
-    return jnp.minimum(column, ref.shape[1] - 1)
-
-
-def _bring_columns(
-    plan: _Plan, refs: dict[str, Any], first_row: jax.Array, stage: jax.Array, dtype: str
-) -> dict[str, list[jax.Array]]:
-    """A stage's scales and zero points as they are used, 32 bits each, `[column_rows]` for each group."""
-    found: dict[str, list[jax.Array]] = {name: [] for name in refs}
-    for name, index in itertools.product(refs, range(plan.tile.blocks * plan.groups)):
-        column = _entry_of(plan, refs[name], stage, index)
-        raw = columns.read(refs[name], first_row, column, plan.tile.column_rows, plan.interpret)
-        entry = columns.value(raw, plan.scale)
-        if name == "zero":
-            entry = columns.pair(-MAGIC[dtype][1] - entry, dtype, plan.interpret)
-        elif plan.scales_values:
-            entry = columns.pair(entry, dtype, plan.interpret)
-        found[name].append(entry)
-    return found
-
-
-def _produce(plan: _Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, refs: dict[str, Any], s: Any) -> None:
-    """The producer's part: fills stage after stage."""
-    tile, (first_x, first_row, first_stage) = plan.tile, at
-    rows, stage = pl.ds(first_row, tile.rows), tile.blocks * BLOCK
-
-    def codes_of(i: Any, blocks: int) -> Any:
-        return w_ref.at[rows, pl.ds((first_stage * tile.blocks + i) * WORDS_A_BLOCK, blocks * WORDS_A_BLOCK)]
-
-    if not plan.interpret:  # which knows neither
-        for i in range(min(tile.stages, plan.rounds)):
-            plgpu.async_prefetch(codes_of(tile.blocks * i, tile.blocks))
-        plgpu.griddepcontrol_wait()
-        plgpu.griddepcontrol_launch_dependents()
-
-    def fill(i: jax.Array, entries: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
-        slot = jax.lax.rem(i, jnp.int32(tile.stages))
-
-        @pl.when(i >= tile.stages)
-        def _() -> None:
-            plgpu.barrier_wait(s["empty"].at[slot])
-            plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
-
-        for block in range(tile.blocks):
-            plgpu.copy_gmem_to_smem(codes_of(tile.blocks * i + block, 1), s["w"].at[slot, block], s["full"].at[slot])
-        x = x_ref.at[pl.ds(first_x, tile.tile_m), pl.ds((first_stage + i) * stage, stage)]
-        plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot])
-        for name, of_groups in entries.items():
-            for index, entry in enumerate(of_groups):
-                s[name][slot, index] = entry
-        plgpu.barrier_arrive(s["full"].at[slot])
-        return _bring_columns(plan, refs, first_row, first_stage + i + 1, x_ref.dtype.name)
-
-    entries = _bring_columns(plan, refs, first_row, first_stage, x_ref.dtype.name)
-    jax.lax.fori_loop(0, plan.rounds, fill, entries)
-
-    @pl.loop(max(tile.stages, plan.rounds), plan.rounds + tile.stages)  # until all that was filled was read
-    def _(i: jax.Array) -> None:
-        plgpu.barrier_wait(s["empty"].at[jax.lax.rem(i, jnp.int32(tile.stages))])
+    return [dataclasses.asdict(tile) for tile in candidates(m, n, k, entries_of(group, not symmetric), sms, smem)]
 
 
 def _piece(
-    plan: _Plan, s: Any, slot: jax.Array, row_group: jax.Array, index: int, dtype: str
+    plan: Plan, s: Any, slot: jax.Array, row_group: jax.Array, index: int, dtype: str
 ) -> tuple[jax.Array, Any, jax.Array | None]:
     """Of product `index` of a stage: the values `[64, width]`, x `[tile_m, width]`, the scales `[64]` of its sums."""
     block, piece = divmod(index, plan.pieces)
@@ -229,7 +103,7 @@ def _piece(
     return values, s["x"].at[slot, :, pl.ds(index * plan.width, plan.width)], scale
 
 
-def _consume(plan: _Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s: Any) -> jax.Array:
+def _consume(plan: Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s: Any) -> jax.Array:
     """A consumer's part: its sums, float32 `[64, tile_m]`. With `ahead` a piece is decoded while the one before
     is multiplied."""
     tile, pieces = plan.tile, plan.tile.blocks * plan.pieces
@@ -268,7 +142,7 @@ def _consume(plan: _Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, 
     return jax.lax.fori_loop(0, plan.rounds // tile.k_groups, step, zeros)
 
 
-def _together(plan: _Plan, row_group: jax.Array, k_group: jax.Array, total: jax.Array, s: Any) -> jax.Array:
+def _together(plan: Plan, row_group: jax.Array, k_group: jax.Array, total: jax.Array, s: Any) -> jax.Array:
     """The sums of warpgroups behind one another, for the first of them."""
 
     @pl.when(k_group > 0)
@@ -296,27 +170,29 @@ def _store(total: jax.Array, smem: Any, out: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(plan: _Plan, *refs: Any, **s: Any) -> None:
+def _kernel(plan: Plan, *refs: Any, **s: Any) -> None:
     """One warpgroup of one program: see the module's docstring."""
     tile = plan.tile
     x_ref, w_ref, scale_ref, *zero_ref, out_ref = refs
     along_m, along_n, _ = plan.grid
     program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
+    of_cluster = jax.lax.axis_index("cluster") if tile.cluster > 1 else 0
     first_x = jax.lax.rem(program, along_m) * tile.tile_m
-    first_row = jax.lax.rem(jax.lax.div(program, along_m), along_n) * tile.rows
+    along = jax.lax.rem(jax.lax.div(program, along_m), along_n)
+    first_row = (along * tile.cluster + of_cluster) * tile.rows
     share = jax.lax.div(program, along_m * along_n)
     hand_over = tile.needs > tile.registers
-    few, many = tile.handed_over(_entries(plan.group, plan.zeros))
+    few, many = tile.handed_over(entries_of(plan.group, plan.zeros))
 
     @pl.when(warpgroup == tile.consumers)
-    def produce() -> None:
+    def fill() -> None:
         if hand_over:
             plgpu.set_max_registers(few, action="decrease")
         named = dict(zip(("scale", "zero"), (scale_ref, *zero_ref), strict=False))
-        _produce(plan, (first_x, first_row, share * plan.rounds), x_ref, w_ref, named, s)
+        produce(plan, (first_x, first_row, share * plan.rounds), x_ref, w_ref, named, s)
 
     @pl.when(warpgroup < tile.consumers)
-    def consume() -> None:
+    def multiply() -> None:
         if hand_over:
             plgpu.set_max_registers(many, action="increase")
         row_group = jax.lax.rem(warpgroup, tile.row_groups)
@@ -332,7 +208,14 @@ def _kernel(plan: _Plan, *refs: Any, **s: Any) -> None:
             _store(total, s["out"].at[row_group], at)
 
 
-def _scratch(plan: _Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
+def _empty(tile: Tile) -> Any:
+    """Barriers that say that a stage has been read, by all programs of a cluster where x comes into all of them."""
+    if tile.cluster == 1:
+        return plgpu.Barrier(num_arrivals=tile.row_groups, num_barriers=tile.stages)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=tile.row_groups, num_barriers=tile.stages)
+
+
+def _scratch(plan: Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
     tile, smem = plan.tile, plgpu.SMEM
     entries = (tile.stages, tile.blocks * plan.groups, tile.column_rows)
@@ -342,7 +225,7 @@ def _scratch(plan: _Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
         scale=smem(entries, jnp.uint32 if plan.scales_values else jnp.float32),
         out=smem((tile.row_groups, tile.tile_m, ROWS), out_dtype),
         full=plgpu.Barrier(num_arrivals=tile.blocks + 2, num_barriers=tile.stages),
-        empty=plgpu.Barrier(num_arrivals=tile.row_groups, num_barriers=tile.stages),
+        empty=_empty(tile),
     )
     if plan.zeros:
         found["zero"] = smem(entries, jnp.uint32)
@@ -391,10 +274,10 @@ def matmul(
       `[M, N]` in `out_dtype`, default x's.
     """
     (m, k), (n, blocks) = x.shape, packed.shape[:2]
-    entries = _entries(group, zero_point is not None)
+    entries = entries_of(group, zero_point is not None)
     tile = Tile(**config) if config else decode_tile(m, n, k, entries, sms, smem)
     whole_row = scale.shape[1] == 1
-    plan = _Plan(
+    plan = Plan(
         m, n, blocks, weight, scale.dtype.name, blocks * BLOCK if whole_row else group, zero_point is not None, tile,
         interpret,
     )  # fmt: skip
@@ -407,6 +290,8 @@ def matmul(
         out_type=jax.ShapeDtypeStruct((tile.split_k, m, -(-n // unit) * unit), stored),
         grid=(math.prod(plan.grid),),
         grid_names=("program",),
+        cluster=(tile.cluster,) if tile.cluster > 1 else (),
+        cluster_names=("cluster",) if tile.cluster > 1 else (),
         num_threads=tile.consumers + 1,
         thread_name="warpgroup",
         kernel_name=f"qjax_{weight}_hopper",

@@ -7,6 +7,8 @@ ROWS = 64  # of the weight, a warpgroup
 _REGISTERS = 65536  # of a multiprocessor
 BLOCK = 128  # columns of K: 64 bytes of a row's codes
 
+_CLUSTERS = {32: (1, 2), 64: (1, 2), 128: (1, 2, 4)}  # by rows of x, worth trying where x is a good part of the bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -19,6 +21,7 @@ class Tile:
       split_k: programs that share an output tile, each with a part of K.
       stages: in flight from memory to shared memory; a multiple of `k_groups`.
       blocks: of 128 columns, in a stage.
+      cluster: programs side by side along the weight's rows that share one copy of x, each fetching a part for all.
       ahead: 1 where a warpgroup decodes the next piece while one is multiplied, 0 where it waits: fewer registers.
     """
 
@@ -29,6 +32,7 @@ class Tile:
     stages: int
     blocks: int
     ahead: int
+    cluster: int = 1
 
     @property
     def rows(self) -> int:
@@ -93,6 +97,7 @@ def _ahead_if_it_fits(tile: Tile, columns: int) -> Tile:
 def decode_tile(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> Tile:
     """A first choice, unmeasured: one wave of programs, each with four consumer warpgroups or nearly.
 
+    Shares of K cost a second launch, which adds them: for weights that leave three quarters of the chip idle.
     Half of the shared memory at most, where that leaves two stages: the next launch's programs fit beside this one's
     and start while it ends.
     """
@@ -101,7 +106,7 @@ def decode_tile(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> Ti
     tiles, rounds = -(-n // ROWS) * -(-m // tile_m), -(-k // (BLOCK * blocks))
     row_groups = 2 if m > 64 else min(3, -(-tiles // sms))
     split_k = 1
-    while 2 * split_k * tiles <= sms and rounds // (2 * split_k) >= 4:
+    while 4 * split_k * tiles <= sms and rounds // (2 * split_k) >= 4:
         split_k *= 2
     k_groups = {1: 4, 2: 2, 3: 1}[row_groups]
     tile = Tile(tile_m, row_groups, k_groups, split_k, 0, blocks, 0)
@@ -124,8 +129,9 @@ def candidates(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> lis
         tile = Tile(tile_m, row_groups, k_groups, split_k, 0, blocks, 0)
         if slivers or blocks * tile_m > 256 or not tile.fits_registers(columns):
             continue
-        for ahead, room in itertools.product(range(1 + _ahead_if_it_fits(tile, columns).ahead), (smem // 2, smem)):
-            one = _with_stages(dataclasses.replace(tile, ahead=ahead), columns, room)
+        ahead_or_not, clusters = range(1 + _ahead_if_it_fits(tile, columns).ahead), _CLUSTERS.get(tile_m, (1,))
+        for ahead, cluster, room in itertools.product(ahead_or_not, clusters, (smem // 2, smem)):
+            one = _with_stages(dataclasses.replace(tile, ahead=ahead, cluster=cluster), columns, room)
             if smem_of(one, columns) <= smem and one.stages > one.k_groups and one not in found:
                 found.append(one)
     return found

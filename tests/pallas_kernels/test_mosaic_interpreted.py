@@ -10,6 +10,10 @@ import qjax
 from pallas_kernels.mosaic import matmul_packed, operand
 from pallas_kernels.mosaic.tiles import Tile
 from qjax.dequantize import block_scales
+from qjax.devices import find_device
+from qjax.dispatch.choose import choose
+from qjax.errors import BackendError
+from qjax.kernel_call import problem_of
 from qjax.qtensor import QTensor
 
 # scheme, (M, K, N), tile, error allowed against rounding the exact result: tables are rounded to x's type first
@@ -20,6 +24,7 @@ CASES = [
     ("w4a16:group_size=-1,symmetric=false", (12, 300, 33), Tile(16, 1, 1, 1, 2, 2, 0), 1.05),
     ("w4a16:group_size=tensor", (2, 256, 64), Tile(8, 1, 1, 1, 1, 2, 0), 1.05),
     ("w4a16:group_size=256,scale_dtype=bfloat16", (2, 1024, 40), Tile(8, 1, 1, 2, 2, 2, 1), 1.05),
+    ("w4a16", (9, 640, 150), Tile(16, 1, 1, 1, 2, 1, 0, 2), 1.05),
     ("nf4:double_quant=true", (2, 320, 64), Tile(8, 1, 1, 1, 2, 1, 1), 1.7),
     ("fp4", (2, 192, 64), Tile(8, 1, 1, 1, 1, 2, 0), 1.7),
     ("mxfp4", (3, 288, 64), Tile(8, 1, 1, 1, 1, 2, 1), 1.05),
@@ -119,3 +124,14 @@ def test_configurations_fit_the_chip(m: int) -> None:
     for tile in found:
         assert tile.stages % tile.k_groups == 0 and tile.tile_m >= min(m, 64)
         assert 128 * (tile.consumers + 1) * tile.registers <= 65536
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "nf4", "mxfp4", "nvfp4"])
+def test_on_hopper_it_runs_for_the_asking_until_it_is_measured(scheme: str) -> None:
+    w = jax.eval_shape(lambda: qjax.quantize_array(jnp.ones((4096, 4096), jnp.bfloat16), scheme))
+    problem = problem_of(w, m=16, x_dtype=jnp.bfloat16)
+    for device in map(find_device, ("H100-SXM", "H200")):
+        assert choose(problem, device, backend="mosaic").route.name == "mosaic.matmul_packed"
+        assert choose(problem, device).route.backend != "mosaic"
+    with pytest.raises(BackendError, match="needs compute capability 9.0"):
+        choose(problem, find_device("B200"), backend="mosaic")

@@ -1,0 +1,91 @@
+"""The producer: the warpgroup of a program that fills stage after stage in shared memory, for those that multiply.
+
+Codes and x come by the copy engine; scales and zero points by its lanes, one stage ahead, since these wait for them.
+"""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic import columns
+from pallas_kernels.mosaic.operand import BLOCK, WORDS_A_BLOCK
+from pallas_kernels.mosaic.plan import Plan
+from pallas_kernels.pairs import MAGIC
+
+
+def _entry_of(plan: Plan, ref: Any, stage: jax.Array, index: int) -> jax.Array:
+    """Which column of scales is number `index` of a stage's."""
+    column = (
+        stage * (plan.tile.blocks * plan.groups) + index
+        if plan.group <= BLOCK
+        else (stage * plan.tile.blocks + index) // (plan.group // BLOCK)
+    )
+    return jnp.minimum(column, ref.shape[1] - 1)
+
+
+def _bring_columns(
+    plan: Plan, refs: dict[str, Any], first_row: jax.Array, stage: jax.Array, dtype: str
+) -> dict[str, list[jax.Array]]:
+    """A stage's scales and zero points as they are used, 32 bits each, `[column_rows]` for each group."""
+    found: dict[str, list[jax.Array]] = {name: [] for name in refs}
+    for name, index in itertools.product(refs, range(plan.tile.blocks * plan.groups)):
+        column = _entry_of(plan, refs[name], stage, index)
+        raw = columns.read(refs[name], first_row, column, plan.tile.column_rows, plan.interpret)
+        entry = columns.value(raw, plan.scale)
+        if name == "zero":
+            entry = columns.pair(-MAGIC[dtype][1] - entry, dtype, plan.interpret)
+        elif plan.scales_values:
+            entry = columns.pair(entry, dtype, plan.interpret)
+        found[name].append(entry)
+    return found
+
+
+def produce(plan: Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, refs: dict[str, Any], s: Any) -> None:
+    """Fills the stages of one program.
+
+    Args:
+      at: its first row of x, of the weight, its first stage.
+      x_ref: `[M, K]`; w_ref: uint32 `[N, 16 B]`; refs: "scale" and, where there are any, "zero", `[N, groups]`.
+      s: shared memory and barriers, of `matmul_packed`.
+    """
+    tile, (first_x, first_row, first_stage) = plan.tile, at
+    rows, stage = pl.ds(first_row, tile.rows), tile.blocks * BLOCK
+    shared = "cluster" if tile.cluster > 1 else None
+
+    def codes_of(i: Any, blocks: int) -> Any:
+        return w_ref.at[rows, pl.ds((first_stage * tile.blocks + i) * WORDS_A_BLOCK, blocks * WORDS_A_BLOCK)]
+
+    if not plan.interpret:  # which knows neither
+        for i in range(min(tile.stages, plan.rounds)):
+            plgpu.async_prefetch(codes_of(tile.blocks * i, tile.blocks))
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
+
+    def fill(i: jax.Array, entries: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
+        slot = jax.lax.rem(i, jnp.int32(tile.stages))
+
+        @pl.when(i >= tile.stages)
+        def _() -> None:
+            plgpu.barrier_wait(s["empty"].at[slot])
+            plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
+
+        for block in range(tile.blocks):
+            plgpu.copy_gmem_to_smem(codes_of(tile.blocks * i + block, 1), s["w"].at[slot, block], s["full"].at[slot])
+        x = x_ref.at[pl.ds(first_x, tile.tile_m), pl.ds((first_stage + i) * stage, stage)]
+        plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot], collective_axes=shared)
+        for name, of_groups in entries.items():
+            for index, entry in enumerate(of_groups):
+                s[name][slot, index] = entry
+        plgpu.barrier_arrive(s["full"].at[slot])
+        return _bring_columns(plan, refs, first_row, first_stage + i + 1, x_ref.dtype.name)
+
+    entries = _bring_columns(plan, refs, first_row, first_stage, x_ref.dtype.name)
+    jax.lax.fori_loop(0, plan.rounds, fill, entries)
+
+    @pl.loop(max(tile.stages, plan.rounds), plan.rounds + tile.stages)  # until all that was filled was read
+    def _(i: jax.Array) -> None:
+        plgpu.barrier_wait(s["empty"].at[jax.lax.rem(i, jnp.int32(tile.stages))])

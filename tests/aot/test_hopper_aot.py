@@ -1,0 +1,46 @@
+"""Configurations of the Hopper kernel that it does not pick by itself compile: clusters, shares of K, registers handed
+over. A warpgroup that asks for more registers than were given back waits forever, so their sum is compared too."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+from aot.compiler import Compiler, missing
+from products import Product
+
+from pallas_kernels.mosaic.tiles import Tile
+
+if reason := missing():
+    pytest.skip(reason, allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+
+# rows of x, the configuration
+CONFIGS = [
+    (1, Tile(8, 1, 4, 2, 8, 2, 0)),
+    (1, Tile(8, 2, 1, 1, 3, 4, 0)),
+    (16, Tile(16, 3, 1, 1, 3, 2, 1)),
+    (64, Tile(64, 3, 1, 1, 2, 2, 0, 2)),
+    (64, Tile(64, 2, 1, 1, 2, 2, 1)),
+    (2048, Tile(128, 2, 1, 1, 3, 1, 0, 4)),
+]
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[Compiler]:
+    one = Compiler()
+    yield one
+    one.close()
+
+
+@pytest.mark.parametrize(("m", "tile"), CONFIGS, ids=str)
+def test_a_configuration_compiles_with_the_registers_that_it_counts_on(m: int, tile: Tile, compiler: Compiler) -> None:
+    product = Product("w4a16", m, 4096, 22016)
+    report = compiler("H200", product, "mosaic.matmul_packed", dataclasses.asdict(tile))
+    assert not report.error, report.error
+    (kernel,) = (k for k in report.kernels if "hopper" in k.name)
+    assert (kernel.spills, kernel.stack, kernel.serialized) == (0, 0, False)
+    assert kernel.registers <= tile.registers
+    producer, consumer = tile.handed_over(columns=1)
+    if tile.needs > tile.registers:
+        assert producer + tile.consumers * consumer <= (tile.consumers + 1) * kernel.registers
