@@ -22,7 +22,6 @@ READERS: dict[str, Callable[[CheckpointFiles, Settings], Source]] = {
     "hqq": hqq.reader,
 }
 
-METHODS = ("quant_method", "method")  # keys that name the format; the second is GPTQModel's
 UNNAMED = ("load_in_4bit", "load_in_8bit")  # keys of bitsandbytes' settings before they were named
 
 # Settings of other libraries' kernels and loaders, in any format: what is done instead.
@@ -68,7 +67,7 @@ def source(files: CheckpointFiles) -> Source | None:
     settings = _settings(files)
     if settings is None:
         return None
-    method = next((settings.get(key) for key in METHODS if key in settings), None)
+    method = settings.get("quant_method")
     if method is None and any(key in settings for key in UNNAMED):
         method = "bitsandbytes"
     if not isinstance(method, str) or method not in READERS:
@@ -108,5 +107,6 @@ def _settings(files: CheckpointFiles) -> Settings | None:
     for name, method in FILES.items():
         value = files.json(name)
         if value is not None:
-            return Settings({"quant_method": method} | value, f"{files.path}/{name}")
+            named = value.get("method", method)  # as GPTQModel calls the key in this file
+            return Settings({"quant_method": named} | value, f"{files.path}/{name}")
     return None

@@ -13,6 +13,7 @@ import pytest
 
 import qjax
 from qjax.checkpoints import CheckpointFiles, native, write_folder
+from qjax.checkpoints.detect import source
 from qjax.checkpoints.load import checked, on_device
 from qjax.errors import CheckpointError
 from qjax.qtensor import QTensor, concat_rows
@@ -55,7 +56,9 @@ def write(path: Path, tensors: dict[str, QTensor]) -> Path:
 
 
 def read(path: Path, module: str) -> QTensor:
-    found = native.reader(CheckpointFiles.open(path))(module)
+    opened = source(CheckpointFiles.open(path))
+    assert opened is not None
+    found = opened.read(module)
     assert found is not None
     w, names = found
     assert set(names) == set(native.to_arrays(w, f"{module}.weight"))
@@ -95,8 +98,8 @@ def test_merged_rows_and_pieces_made_for_shards_come_back(tmp_path: Path) -> Non
 
 
 def test_a_module_that_is_not_listed_is_not_quantized(tmp_path: Path) -> None:
-    reader = native.reader(CheckpointFiles.open(write(tmp_path, {"a": weight("nf4")})))
-    assert reader("b") is None
+    opened = source(CheckpointFiles.open(write(tmp_path, {"a": weight("nf4")})))
+    assert opened is not None and opened.read("b") is None
 
 
 def test_a_folder_weighs_what_its_tensors_say(tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ def test_a_malformed_quantization_config_is_refused(changes: dict[str, Any], mes
     config["quantization_config"] |= changes
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
-        native.reader(CheckpointFiles.open(tmp_path))
+        source(CheckpointFiles.open(tmp_path))
 
 
 @pytest.mark.parametrize(
