@@ -65,27 +65,38 @@ def produce(plan: Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, refs:
         plgpu.griddepcontrol_wait()
         plgpu.griddepcontrol_launch_dependents()
 
-    def fill(i: jax.Array, entries: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
-        slot = jax.lax.rem(i, jnp.int32(tile.stages))
+    def slot_of(i: jax.Array) -> jax.Array:
+        return jax.lax.rem(i, jnp.int32(tile.stages))
 
-        @pl.when(i >= tile.stages)
-        def _() -> None:
-            plgpu.barrier_wait(s["empty"].at[slot])
-            plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
-
+    def copy(i: jax.Array) -> None:
+        slot = slot_of(i)
         for block in range(tile.blocks):
             plgpu.copy_gmem_to_smem(codes_of(tile.blocks * i + block, 1), s["w"].at[slot, block], s["full"].at[slot])
         x = x_ref.at[pl.ds(first_x, tile.tile_m), pl.ds((first_stage + i) * stage, stage)]
         plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot], collective_axes=shared)
+
+    def bring(i: Any) -> dict[str, list[jax.Array]]:
+        return _bring_columns(plan, refs, first_row, first_stage + i, x_ref.dtype.name)
+
+    def store(i: jax.Array, entries: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
         for name, of_groups in entries.items():
             for index, entry in enumerate(of_groups):
-                s[name][slot, index] = entry
-        plgpu.barrier_arrive(s["full"].at[slot])
-        return _bring_columns(plan, refs, first_row, first_stage + i + 1, x_ref.dtype.name)
+                s[name][slot_of(i), index] = entry
+        plgpu.barrier_arrive(s["full"].at[slot_of(i)])
+        return bring(i + 1)
 
-    entries = _bring_columns(plan, refs, first_row, first_stage, x_ref.dtype.name)
-    jax.lax.fori_loop(0, plan.rounds, fill, entries)
+    def refill(i: jax.Array, entries: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
+        plgpu.barrier_wait(s["empty"].at[slot_of(i)])
+        plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
+        copy(i)
+        return store(i, entries)
+
+    # All copies that need not wait first: a lane that waits for its first scales holds them up otherwise.
+    first = min(tile.stages, plan.rounds)
+    pl.loop(0, first)(copy)
+    entries = jax.lax.fori_loop(0, first, store, bring(0))
+    jax.lax.fori_loop(first, plan.rounds, refill, entries)
 
     @pl.loop(max(tile.stages, plan.rounds), plan.rounds + tile.stages)  # until all that was filled was read
-    def _(i: jax.Array) -> None:
-        plgpu.barrier_wait(s["empty"].at[jax.lax.rem(i, jnp.int32(tile.stages))])
+    def drain(i: jax.Array) -> None:
+        plgpu.barrier_wait(s["empty"].at[slot_of(i)])

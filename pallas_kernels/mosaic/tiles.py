@@ -59,7 +59,7 @@ class Tile:
 
         The producer keeps `columns` 32-bit entries of each of a lane's rows and of each block.
         """
-        producer = 48 + columns * self.blocks * self.column_rows // 128 // 8 * 8
+        producer = 64 + columns * self.blocks * self.column_rows // 128 // 8 * 8
         left = self.registers * (self.consumers + 1) - producer
         return producer, min(240, left // self.consumers // 8 * 8)
 
