@@ -38,8 +38,6 @@ ROWS: tuple[tuple[str, str, str | None], ...] = (
     ("w3a16", f"gptq:{BEST}", None),
     (INT4, "awq:rounding=gptq", None),
     (INT4, "gptq:order=static", "gptq int4 g128 asym act-order, static groups"),
-    (INT4, "gptq:passes=4", None),
-    (INT4, "gptq:passes=4,outputs=float", None),
 )
 
 
