@@ -132,6 +132,12 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
     ("cpu.matmul", "cpu", False): (
         Efficiency(0.9, 1.0, 1e-5, _EPYC + "0.92 ms (int8) at M=1, 3.4 ms at M=8"),
     ),
+    ("cpu.matmul_int8", "cpu", True): (
+        Efficiency(0.85, 1.6, 1e-5, _EPYC + "0.5 ms (w4a8 g128) at M=1, 1.6 ms at M=8"),
+    ),
+    ("cpu.matmul_int8", "cpu", False): (
+        Efficiency(0.95, 1.7, 1e-5, _EPYC + "0.9 ms (w8a8) at M=1, 1.6 ms at M=8"),
+    ),
     ("xla.reference", "cpu", True): (
         Efficiency(
             0.2, 1.0, 1e-5, _EPYC + "39 ms (int4 g128) at M=1, 26 ms at M=16", 4

@@ -301,6 +301,7 @@ void Run(const Product& p, const Instructions& set, ffi::ThreadPool& pool) {
     if (p.x.type == Number::kInt8) {
       rows.codes = New<int8_t>(rows.m * rows.stride);
       rows.corrections = New<int32_t>(rows.m * p.blocks * 16);
+      rows.whole_corrections = New<int32_t>(rows.m);
     } else {
       rows.values = New<float>(rows.m * rows.stride);
     }

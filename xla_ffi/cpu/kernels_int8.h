@@ -4,8 +4,8 @@
 //
 // An instruction multiplies unsigned by signed bytes and adds four products, so codes are read as unsigned: int8 with the
 // highest bit flipped (128 more), packed int4 as they are (8 more). What that adds, 128 or 8 times the sum of x, is taken
-// off again where a block's sum begins (`corrections`): sums in int32 are those of the signed codes. With one scale a row
-// all of K is summed so and rounded once; with groups each group's sum is exact and float32 holds their total.
+// off again, in int32: at the end of a row with one scale, whose sum is exact and rounded once; with groups where the sum
+// of a block begins (`corrections`), and float32 holds the total of the scaled blocks.
 //
 // The order of k. The words of a block of int4 are sixteen lanes i = 4c + j (see kernels.h); their low nibbles are the
 // bytes k = 32j + 2c + {0, 16, 1, 17}, the high ones lie 8 further. A block is two vectors of 64 bytes for both formats.
@@ -32,12 +32,13 @@ struct FlippedBytes {
   }
 };
 
-// Row m0 + i of x in the kernels' order, what its blocks' sums begin with, its sums over groups.
+// Row m0 + i of x in the kernels' order, what takes off the codes' offsets, its sums over groups.
 static void PrepareCodes(const Product& p, int64_t m0, Rows& rows, int64_t i) {
   const auto* x = static_cast<const int8_t*>(p.x.data) + (m0 + i) * p.k;
   int8_t* out = rows.codes.get() + i * rows.stride;
   int32_t* corrections = rows.corrections.get() + i * p.blocks * 16;
   const bool packed = IsPacked(p.codes_type);
+  int32_t whole = 0;
   for (int64_t b = 0; b < p.blocks; ++b, out += kBlock, corrections += 16) {
     std::memset(corrections, 0, 16 * sizeof(int32_t));
     for (int q = 0; q < kBlock; ++q) {
@@ -46,7 +47,9 @@ static void PrepareCodes(const Product& p, int64_t m0, Rows& rows, int64_t i) {
       out[q] = b * kBlock + k < p.k ? x[b * kBlock + k] : 0;
       corrections[lane] -= (packed ? 8 : 128) * out[q];
     }
+    for (int lane = 0; lane < 16; ++lane) whole += corrections[lane];
   }
+  rows.whole_corrections.get()[i] = whole;
   if (p.zero.data == nullptr) return;
   for (int64_t g = 0; g < p.groups; ++g) {
     int64_t sum = 0;
@@ -55,53 +58,48 @@ static void PrepareCodes(const Product& p, int64_t m0, Rows& rows, int64_t i) {
   }
 }
 
+// How a row of the weight is summed: as a whole, or block by block with one scale or one for each 32 of k.
+enum class Sums { kWhole, kBlocks, kLanes };
+
 // y[m : m + kRows, n], without what zero points add.
-template <class D, Scales kScales, int kRows>
+template <class D, Sums kSums, int kRows>
 static void MultiplyCodesOfRow(const Product& p, int64_t m0, const Rows& rows, int64_t m, int64_t n,
                                const float* scale) {
   uint8_t copy[D::kBytes];
   F total[kRows];
-  I sum[kRows][kParts];
+  I whole[kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    total[r] = Zero();
-#pragma GCC unroll 4
-    for (int part = 0; part < kParts; ++part) sum[r][part] = SetAll(0);
-  }
-  const bool one_sum = p.groups == 1;
+  for (int r = 0; r < kRows; ++r) total[r] = Zero(), whole[r] = SetAll(0);
   for (int64_t b = 0; b < p.blocks; ++b) {
     const uint8_t* block = BlockOf<D>(p, n, b, copy);
-#pragma GCC unroll 4
+    const F by = kSums == Sums::kLanes ? Repeat4(scale + b * p.slots) : Set1(kSums == Sums::kBlocks ? scale[b] : 0);
     for (int part = 0; part < kParts; ++part) {
       I codes[2];
       D::Read(block, part, codes);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const auto* begin = reinterpret_cast<const uint32_t*>(rows.corrections.get()) +
-                            ((m + r) * p.blocks + b) * 16 + part * kLanes;
         const auto* x = reinterpret_cast<const uint32_t*>(rows.codes.get() + (m + r) * rows.stride + b * kBlock) +
                         part * kLanes;
-        sum[r][part] = AddWords(sum[r][part], LoadWords(begin));
-        sum[r][part] = AddProducts(sum[r][part], codes[0], LoadWords(x));
-        sum[r][part] = AddProducts(sum[r][part], codes[1], LoadWords(x + 16));
-        if (one_sum) continue;
-        const F by = kScales == Scales::kLanes ? Repeat4(scale + b * p.slots) : Set1(scale[b * p.slots]);
-        total[r] = Fma(ToFloat(sum[r][part]), by, total[r]);
-        sum[r][part] = SetAll(0);
+        const auto* begin = reinterpret_cast<const uint32_t*>(rows.corrections.get()) +
+                            ((m + r) * p.blocks + b) * 16 + part * kLanes;
+        I sum = kSums == Sums::kWhole ? whole[r] : LoadWords(begin);
+        sum = AddProducts(AddProducts(sum, codes[0], LoadWords(x)), codes[1], LoadWords(x + 16));
+        if constexpr (kSums == Sums::kWhole)
+          whole[r] = sum;
+        else
+          total[r] = Fma(ToFloat(sum), by, total[r]);
       }
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    int32_t whole = 0;
-    if (one_sum)
-      for (int part = 0; part < kParts; ++part) whole += SumWords(sum[r][part]);
-    p.y[(m0 + m + r) * p.n + n] = one_sum ? float(whole) * scale[0] : Sum(total[r]);
-  }
+  for (int r = 0; r < kRows; ++r)
+    p.y[(m0 + m + r) * p.n + n] = kSums == Sums::kWhole
+                                      ? float(SumWords(whole[r]) + rows.whole_corrections.get()[m + r]) * scale[0]
+                                      : Sum(total[r]);
 }
 
-template <class D, Scales kScales>
-static void MultiplyCodesScaled(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
+template <class D, Sums kSums>
+static void MultiplyCodesSummed(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
   std::vector<RowScales> scales;
   for (int i = 0; i < kWeightRows; ++i) scales.emplace_back(p);
   for (int64_t first = n0; first < n1; first += kWeightRows) {
@@ -109,7 +107,7 @@ static void MultiplyCodesScaled(const Product& p, int64_t m0, const Rows& rows, 
     for (int64_t r = 0; r < count; ++r) scales[r].Read(p, first + r, 1);
     for (int64_t m = 0; m < rows.m; m += rows.m - m < kTileRows ? 1 : kTileRows)
       for (int64_t r = 0; r < count; ++r)
-        (rows.m - m < kTileRows ? MultiplyCodesOfRow<D, kScales, 1> : MultiplyCodesOfRow<D, kScales, kTileRows>)(
+        (rows.m - m < kTileRows ? MultiplyCodesOfRow<D, kSums, 1> : MultiplyCodesOfRow<D, kSums, kTileRows>)(
             p, m0, rows, m, first + r, scales[r].scale(p));
     if (p.zero.data == nullptr) continue;
     for (int64_t m = 0; m < rows.m; ++m)
@@ -118,8 +116,13 @@ static void MultiplyCodesScaled(const Product& p, int64_t m0, const Rows& rows, 
   }
 }
 
+template <class D>
+static void MultiplyCodesBy(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
+  if (p.groups == 1) return MultiplyCodesSummed<D, Sums::kWhole>(p, m0, rows, n0, n1);
+  if (p.scales == Scales::kOne) return MultiplyCodesSummed<D, Sums::kBlocks>(p, m0, rows, n0, n1);
+  MultiplyCodesSummed<D, Sums::kLanes>(p, m0, rows, n0, n1);
+}
+
 static void MultiplyInt8(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
-  if (!IsPacked(p.codes_type)) return MultiplyCodesScaled<FlippedBytes, Scales::kOne>(p, m0, rows, n0, n1);
-  if (p.scales == Scales::kOne) return MultiplyCodesScaled<PackedNibbles, Scales::kOne>(p, m0, rows, n0, n1);
-  MultiplyCodesScaled<PackedNibbles, Scales::kLanes>(p, m0, rows, n0, n1);
+  (IsPacked(p.codes_type) ? MultiplyCodesBy<PackedNibbles> : MultiplyCodesBy<FlippedBytes>)(p, m0, rows, n0, n1);
 }

@@ -63,7 +63,7 @@ struct Rows {
   int64_t m, stride;
   Buffer<float> values;         // [m, stride]: x as floats
   Buffer<int8_t> codes;         // [m, stride]: x as int8
-  Buffer<int32_t> corrections;  // [m, blocks, 16]: with codes, see kernels_int8.h
+  Buffer<int32_t> corrections, whole_corrections;  // [m, blocks, 16], [m]: with codes, see kernels_int8.h
   Buffer<float> sums;           // [m, groups]: of x over each group; where there are zero points
 };
 

@@ -28,7 +28,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
 
 
 def test_bench_prints_a_table_and_leaves_records_and_a_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    sizes = ("--shapes", "64x128", "--schemes", "w4a16,nf4:block_size=32", "--backends", "auto,triton")
+    sizes = ("--shapes", "64x128", "--schemes", "w4a16,nf4:block_size=32", "--backends", "xla,triton")
     files = ("--json", tmp_path / "r.json", "--plot", tmp_path / "out" / "p.png", "--commit", "abc")
     out = run(capsys, "bench", "gemm", "--quick", "--m", "1", *sizes, *files)
     assert "64 x 128  1  w4a16:group_size=128" in out and "xla.reference" in out
