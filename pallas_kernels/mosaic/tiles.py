@@ -59,7 +59,8 @@ class Tile:
 
         The producer keeps `columns` 32-bit entries of each of a lane's rows and of each block.
         """
-        producer = 64 + columns * self.blocks * self.column_rows // 128 // 8 * 8
+        entries = columns * self.blocks * self.column_rows // 128
+        producer = min(self.registers, 64 + 2 * entries // 8 * 8)
         left = self.registers * (self.consumers + 1) - producer
         return producer, min(240, left // self.consumers // 8 * 8)
 
@@ -112,6 +113,8 @@ def decode_tile(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> Ti
     tile = Tile(tile_m, row_groups, k_groups, split_k, 0, blocks, 0)
     while tile.k_groups > 1 and (rounds // split_k < 2 * tile.k_groups or not tile.fits_registers(columns)):
         tile = dataclasses.replace(tile, k_groups=tile.k_groups // 2)
+    while tile.row_groups > 1 and not tile.fits_registers(columns):
+        tile = dataclasses.replace(tile, row_groups=tile.row_groups - 1)
     tile = _ahead_if_it_fits(tile, columns)
     half = _with_stages(tile, columns, smem // 2)
     return half if half.stages >= 2 * tile.k_groups else _with_stages(tile, columns, smem)
