@@ -4,8 +4,8 @@
 
 Calls of all candidates take turns (float32 in both layouts, every scheme), so that whatever else the machine does falls
 on all alike, and dequantize-then-dot follows; weights rotate through more than the cache holds. Of the times of single
-calls the median and the 10th percentile are kept, by the clock on the wall and by the processor time of the process over
-all its threads, which other programs lengthen far less.
+calls the median and the 10th percentile are kept, by the clock on the wall and by the process's processor time, which
+other programs lengthen far less.
 """
 
 import argparse
