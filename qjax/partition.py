@@ -7,15 +7,16 @@ instead. A dequantized weight never moves.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from qjax.errors import ShardingError
 from qjax.layouts import BLOCK
@@ -125,6 +126,17 @@ class Plan:
     operands: tuple[PartitionSpec, ...]
     result: PartitionSpec
     sum_over: Names
+
+
+def off_mesh[**P, R](f: Callable[P, R]) -> Callable[P, R]:
+    """`f` on one shard, on no mesh: the partitioner traces it while the `jax.set_mesh` of its caller still holds."""
+
+    @functools.wraps(f)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return f(*args, **kwargs)
+
+    return run
 
 
 def mesh_of(leaves: list[jax.Array]) -> tuple[Any, AxisType | None]:

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from qjax.activations import Rows
 from qjax.epilogue import apply_epilogue
 from qjax.kernel_call import call_kernel
-from qjax.partition import Axes, Plan, mesh_of, plan_product, product_axes, shardy_rule
+from qjax.partition import Axes, Plan, mesh_of, off_mesh, plan_product, product_axes, shardy_rule
 from qjax.qtensor import QTensor
 
 
@@ -127,14 +127,9 @@ def _auto(call: Call, tree: Any, shapes: tuple[tuple[tuple[int, ...], np.dtype],
         plan = plan_product(axes, leaves, specs, o.w, dict(mesh.shape))
         placed = jax.tree.unflatten(tree, [NamedSharding(mesh, spec) for spec in plan.operands])
 
-        def one_shard(o: Operands) -> jax.Array:
-            # XLA calls back while the caller's `jax.set_mesh` holds; the shard's arrays lie on no mesh.
-            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-                return _one_shard(call, plan, o)
-
         return (
             mesh,
-            one_shard,
+            off_mesh(functools.partial(_one_shard, call, plan)),
             NamedSharding(mesh, plan.result),
             (placed,),
         )

@@ -19,7 +19,7 @@ from qjax.dispatch.choose import load
 from qjax.dispatch.quantizer import choose_quantizer, unit_of
 from qjax.dispatch.routes import Quantizer
 from qjax.formats import FORMATS
-from qjax.partition import entries, mesh_of
+from qjax.partition import entries, mesh_of, off_mesh
 from qjax.schemes import Activation
 
 Parts = tuple[jax.Array, jax.Array]  # codes `[..., K]`, scale `[..., C]`
@@ -97,7 +97,8 @@ def _auto(row: Quantizer, activation: Activation, rank: int) -> Any:
         (x,) = arguments
         spec, found, k_over = _cut(activation, x.shape, x.sharding.spec, mesh)
         placed = [NamedSharding(mesh, one) for one in (spec, *found)]
-        return mesh, functools.partial(_local, row, activation, k_over), tuple(placed[1:]), tuple(placed[:1])
+        one = off_mesh(functools.partial(_local, row, activation, k_over))
+        return mesh, one, tuple(placed[1:]), tuple(placed[:1])
 
     partitioned = custom_partitioning(whole)
     names = [f"m{i}" for i in range(rank - 1)]
