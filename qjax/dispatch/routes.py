@@ -36,6 +36,9 @@ class Route:
     m_min: int = 0
     m_max: int | None = None
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def is_reference(self) -> bool:
         """Whether it is the product that QJAX itself holds, which can always run and reads QTensors."""
