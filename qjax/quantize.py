@@ -109,7 +109,7 @@ def _nested(scale: jax.Array, block: int) -> QTensor:
     columns = scale.shape[-1]
     shape = (max(1, block // columns), None) if columns <= block else (1, block)
     scheme = Scheme(spec=f"dynamic8:block={block}", weight="dynamic8", block=shape)
-    offset = jnp.mean(scale, axis=(-2, -1))
+    offset = jax.lax.optimization_barrier(jnp.mean(scale, axis=(-2, -1)))  # the one that is kept is the one subtracted
     found = _scaled(scale - offset[..., None, None], scheme, np.dtype("float32"))
     return QTensor(found["codes"], found["scale"], offset=offset, scheme=scheme, k_piece=(1, 1))
 

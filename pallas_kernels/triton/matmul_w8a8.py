@@ -112,9 +112,9 @@ def configs(
     return [dataclasses.asdict(tile) for tile in tiles if _fits(tile, smem, sums)]
 
 
-def tile_for(m: int, k: int, n: int, *, sums: int, sms: int, smem: int) -> Tile:
+def tile_for(m: int, k: int, n: int, *, sums: int, sms: int, smem: int, cc: int) -> Tile:
     """A first choice, before any tuning. While the weight's bytes are the limit, nearly two programs a multiprocessor;
-    then the largest tile of which two fit on one."""
+    then the largest tile of which two fit on one. Before Hopper four warps lack registers for that."""
     if m <= 64:
         programs, split = -(-n // 64), 1
         while split * programs < 7 * sms // 4 and -(-k // STEP) // (2 * split) >= 4:
@@ -122,7 +122,7 @@ def tile_for(m: int, k: int, n: int, *, sums: int, sms: int, smem: int) -> Tile:
         return Tile(max(16, pl.next_power_of_2(m)), 64, split, 4, 4)
     large = -(-m // 128) * -(-n // 128)
     tile_m = 128 if sums == 1 and large >= 7 * sms // 8 else 64
-    deep = Tile(tile_m, 128, 1, 4, 4)  # for a program alone on its multiprocessor
+    deep = Tile(tile_m, 128, 1, 8 if tile_m == 128 and cc < 90 else 4, 4)  # for a program alone on its multiprocessor
     alone = -(-m // tile_m) * -(-n // 128) <= sms
     return deep if alone and _fits(deep, smem, sums) else dataclasses.replace(deep, stages=3)
 
@@ -302,6 +302,7 @@ def matmul(
     config: dict[str, int] | None = None,
     sms: int = 132,
     smem: int = 227 * 1024,
+    cc: int = 90,
     interpret: bool = False,
     **_: Any,
 ) -> jax.Array:
@@ -313,7 +314,8 @@ def matmul(
       block_n: rows of the weight that share a scale; N for one in all.
       activation: elementwise, on float32.
       out_dtype: of the result.
-      config: fields of `Tile`; empty takes `tile_for` the shape, `sms` multiprocessors and `smem` bytes shared memory.
+      config: fields of `Tile`; empty takes `tile_for` the shape and the chip: `sms` multiprocessors, `smem` bytes of shared
+        memory, compute capability `cc`.
       interpret: run in plain JAX on any machine.
       (others: shapes and dtypes in the module's docstring)
 
@@ -321,7 +323,7 @@ def matmul(
       `[M, N]` in `out_dtype`.
     """
     (m, k), n = x.shape, codes.shape[0]
-    tile = Tile(**config) if config else tile_for(m, k, n, sums=_sums(weight, k, group), sms=sms, smem=smem)
+    tile = Tile(**config) if config else tile_for(m, k, n, sums=_sums(weight, k, group), sms=sms, smem=smem, cc=cc)
     plan = _Plan(m, n, k, min(group, k), block_n, x_scale.shape[1], scale.shape[1], tile)
     operands = dict(x=x, codes=codes, x_scale=x_scale, scale=scale)
     if zero_point is not None:
