@@ -314,8 +314,8 @@ def matmul(
       block_n: rows of the weight that share a scale; N for one in all.
       activation: elementwise, on float32.
       out_dtype: of the result.
-      config: fields of `Tile`; empty takes `tile_for` the shape and the chip: `sms` multiprocessors, `smem` bytes of shared
-        memory, compute capability `cc`.
+      config: fields of `Tile`; empty takes `tile_for` the shape and the chip: `sms` multiprocessors, `smem` bytes of
+        shared memory, compute capability `cc`.
       interpret: run in plain JAX on any machine.
       (others: shapes and dtypes in the module's docstring)
 
