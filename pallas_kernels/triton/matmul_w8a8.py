@@ -258,7 +258,7 @@ def _kernel(plan: _Plan, names: tuple[str, ...], activation: Activation | None, 
         total, part = jax.lax.fori_loop(start, stop, one_promoted_step, (zeros, zeros))
         total = scaled(total + part, scales(0), 0, pl.program_id(1))
     if "outlier_x" in at:
-        part = multiplied("outlier_x", "outlier_w", 0, pl.next_power_of_2(max(16, at["outlier_x"].shape[1])))
+        part = multiplied("outlier_x", "outlier_w", 0, at["outlier_x"].shape[1])
         total = total + jnp.where(pl.program_id(1) == 0, part, 0.0)
     total = total.T if plan.weight_first else total
     place = pl.ds(first_x, tile.tile_m), pl.ds(first_w, tile.tile_n)
@@ -330,7 +330,9 @@ def matmul(
         unit = STEP * (plan.share if plan.scale_last else 1)
         operands |= dict(zero_point=zero_point, x_sum=_sums_of_codes(x, unit))
     if outlier_x is not None and outlier_w is not None:
-        operands |= dict(outlier_x=outlier_x, outlier_w=outlier_w)
+        room = pl.next_power_of_2(max(16, outlier_x.shape[1]))  # a block's size; zeros add nothing
+        pad = ((0, 0), (0, room - outlier_x.shape[1]))
+        operands |= dict(outlier_x=jnp.pad(outlier_x, pad), outlier_w=jnp.pad(outlier_w, pad))
     after = dict(bias=bias, residual=residual)
     whole = tile.split_k == 1 and (activation is None or _lowers(activation))
     if whole:
