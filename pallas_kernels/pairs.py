@@ -48,6 +48,41 @@ def scaled(factor: str, dtype: str) -> str:
     return f"{{ .reg .b32 f, a; mov.b32 f, {factor}; mov.b32 a, {zero}; fma.rn.{PAIR[dtype]} $0, $1, f, a; }}"
 
 
+def pair(nibble: int, weight: str, dtype: str, less: str | None) -> str:
+    """The values at a nibble of both halves of a word of 4-bit codes.
+
+    Args:
+      nibble: 0 to 3, from the low end.
+      weight: "int4" or a key of `TABLES`.
+      less: a register with `-offset - zero point`, of integers (`MAGIC`); None for the middle code.
+    """
+    if weight == "int4":
+        less = less or constant(-MAGIC[dtype][1] - 8, dtype)
+        return (
+            f"{{ .reg .b32 s, v, a; shr.b32 s, $1, {4 * nibble}; mov.b32 a, {less}; "
+            f"{with_exponent(4, dtype, word='s')} add.rn.{PAIR[dtype]} $0, v, a; }}"
+        )
+    if weight == "e2m1":
+        end, factor = E2M1[dtype]
+        if end == 6:  # sign to bit 15 and the rest to bits 8..6 by one product, in which nothing overlaps
+            by = 0x1040 >> (4 * (nibble % 2))
+            return (
+                f"{{ .reg .b32 s, v, f, a; shr.b32 s, $1, {8 * (nibble // 2)}; "
+                f"and.b32 s, s, 0x{0x000F000F << (4 * (nibble % 2)):08x}; mul.lo.u32 s, s, 0x{by:x}; "
+                f"and.b32 v, s, 0x81c081c0; mov.b32 f, {constant(factor, dtype)}; "
+                f"mov.b32 a, {constant(-0.0, dtype)}; fma.rn.{PAIR[dtype]} $0, v, f, a; }}"
+            )
+        by = end - 4 * nibble
+        move = f"shl.b32 b, $1, {by};" if by >= 0 else f"shr.b32 b, $1, {-by};"
+        return (
+            f"{{ .reg .b32 b, s, v, f, a; {move} shl.b32 s, $1, {12 - 4 * nibble}; "
+            f"and.b32 b, b, 0x{(7 << end) * 0x00010001:08x}; lop3.b32 v, s, 0x80008000, b, 0xEA; "
+            f"mov.b32 f, {constant(factor, dtype)}; mov.b32 a, {constant(-0.0, dtype)}; "
+            f"fma.rn.{PAIR[dtype]} $0, v, f, a; }}"
+        )
+    return look_up(nibble, TABLES[weight], dtype)
+
+
 def both(dtype: str) -> str:
     """A float32 register `$1` -> a pair of it, rounded."""
     return f"cvt.rn.{PAIR[dtype]}.f32 $0, $1, $1;"

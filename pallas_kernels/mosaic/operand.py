@@ -22,9 +22,9 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, vector
+from jax.extend.mlir.dialects import vector
 
-from pallas_kernels.pairs import E2M1, MAGIC, PAIR, TABLES, constant, look_up, scaled, with_exponent
+from pallas_kernels.pairs import MAGIC, TABLES, pair, scaled
 
 BLOCK = 128
 ROWS = 64  # of a warpgroup: sixteen a warp
@@ -52,27 +52,6 @@ def _asm(text: str, *registers: ir.Value) -> ir.Value:
     return mgpu.utils.inline_ptx(text, *registers, result_types=ir.IntegerType.get_signless(32))
 
 
-def _left(word: ir.Value, by: int) -> ir.Value:
-    """Shifted to the left, or to the right by a negative number of bits."""
-    shift = arith.shli if by >= 0 else arith.shrui
-    return shift(word, mgpu.c(abs(by), ir.IntegerType.get_signless(32))) if by else word
-
-
-def _pair(word: ir.Value, nibble: int, weight: str, dtype: str, less: ir.Value | None) -> ir.Value:
-    """The values at a nibble of both halves of a word; less: `-offset - zero`, None for the middle code."""
-    if weight == "e2m1":
-        end, factor = E2M1[dtype]
-        i32 = ir.IntegerType.get_signless(32)
-        body = arith.andi(_left(word, end - 4 * nibble), mgpu.c((7 << end) * 0x00010001, i32))
-        sign = arith.andi(_left(word, 12 - 4 * nibble), mgpu.c(0x80008000 - (1 << 32), i32))
-        return _asm(scaled(constant(factor, dtype), dtype), arith.ori(body, sign))
-    if weight in TABLES:
-        return _asm(look_up(nibble, TABLES[weight], dtype), word)
-    given, name = ([], constant(-MAGIC[dtype][1] - MIDDLE, dtype)) if less is None else ([less], "$2")
-    text = f"{{ .reg .b32 v, a; mov.b32 a, {name}; {with_exponent(4, dtype)} add.rn.{PAIR[dtype]} $0, v, a; }}"
-    return _asm(text, _left(word, -4 * nibble), *given)
-
-
 def _in_lanes(words: Any, zero: list[Any], factors: list[Any], weight: str, dtype: str, which: range) -> Any:
     """`values` on a lane's registers."""
     packed = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(np.dtype(dtype)))
@@ -80,10 +59,11 @@ def _in_lanes(words: Any, zero: list[Any], factors: list[Any], weight: str, dtyp
     less, times = ([[vector.extract(row, [], [0]) for row in a.registers.flat] for a in of] for of in (zero, factors))
     registers = []
     for t, half, j in sources(which):
-        pair = _pair(of_lane[half][j], t % 4, weight, dtype, less[0][half] if less else None)
+        given = [less[0][half]] if less else []
+        value = _asm(pair(t % 4, weight, dtype, "$2" if less else None), of_lane[half][j], *given)
         if times:
-            pair = _asm(scaled("$2", dtype), pair, times[(t - which.start) * len(times) // len(which)][half])
-        registers.append(mgpu.utils.bitcast(pair, packed))
+            value = _asm(scaled("$2", dtype), value, times[(t - which.start) * len(times) // len(which)][half])
+        registers.append(mgpu.utils.bitcast(value, packed))
     shape = mgpu.WGMMA_LAYOUT.registers_shape((ROWS, 8 * len(which)))
     return mgpu.FragmentedArray(
         _registers=np.array(registers, dtype=object).reshape(shape), _layout=mgpu.WGMMA_LAYOUT, _is_signed=None

@@ -75,12 +75,25 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
     ),
     ("triton.matmul_packed", "gpu", True): (
         Efficiency(0.53, 0.42, 3.6e-6, _H200 + "22 us (int4 g128) at M=1 and 16", m_max=16),
-        Efficiency(0.3, 0.42, 3.6e-6, _H200 + "38 us (int4 g128) at M=64, 112 at 256, 870 at 2048"),
+        Efficiency(0.3, 0.42, 3.6e-6, _H200 + "30 us (int4 g128) at M=32, 39 at 64", m_max=64),
+        Efficiency(0.3, 0.34, 3.6e-6, _H200 + "90 us (int4 g128) at M=128, 141 at 256", m_max=256),
+        Efficiency(0.3, 0.42, 3.6e-6, _H200 + "870 us (int4 g128) at M=2048"),
     ),
     ("triton.matmul_tall", "gpu", True): (
-        Efficiency(0.3, 0.42, 3.6e-6, "not yet measured: as matmul_packed, and transposed, which has its form"),
+        Efficiency(0.3, 0.34, 3.6e-6, _H200 + "79 us (int4 g128) at M=128, 140 at 256", m_max=256),
+        Efficiency(0.3, 0.46, 3.6e-6, _H200 + "828 us (int4 g128) at M=2048"),
     ),
-    ("mosaic.matmul_packed", "gpu", True): (UNMEASURED,),
+    ("mosaic.matmul_few", "gpu", True): (
+        Efficiency(0.81, 1.0, 3.6e-6, _H200 + "16 us (int4 g128) at M=1", m_max=1),
+        Efficiency(0.8, 1.0, 5.5e-6, _H200 + "18 us (int4 g128) at M=8", m_max=8),
+        Efficiency(0.72, 1.0, 7.5e-6, _H200 + "21 us (int4 g128) at M=16"),
+    ),
+    ("mosaic.matmul_packed", "gpu", True): (
+        Efficiency(0.49, 0.4, 3e-6, _H200 + "23 us (int4 g128) at M=1, 31 at 16", m_max=16),
+        Efficiency(0.34, 0.43, 3e-6, _H200 + "32 us (int4 g128) at M=64, 57 at 128", m_max=128),
+        Efficiency(0.34, 0.52, 3e-6, _H200 + "92 us (int4 g128) at M=256", m_max=256),
+        Efficiency(0.34, 0.58, 3e-6, _H200 + "641 us (int4 g128) at M=2048"),
+    ),
     ("triton.matmul_8bit", "gpu", False): (
         Efficiency(0.7, 0.3, 3e-6, _H200 + "28 us (int8) at M=1, 30 at 16", m_max=16),
         Efficiency(0.31, 0.3, 3e-6, _H200 + "64 us (int8) at M=64, 1230 at 2048"),
@@ -91,7 +104,7 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.7, 0.6, 5e-6, _H200 + "324 us (int8) at M=2048"),
     ),
     ("triton.dequantize_dot", "gpu", True): (
-        Efficiency(0.5, 0.62, 3e-6, "not yet measured: as xla.dequantize_dot", 2),
+        Efficiency(0.8, 0.68, 3e-6, _H200 + "114 us (int4 g128) at M=64, 606 at 2048", 2),
     ),
     ("triton.transposed", "gpu", True): (
         Efficiency(0.31, 0.42, 4e-6, _H200 + "34 us (int4 g128) at M=1, 36 at 16", m_max=16),

@@ -81,6 +81,8 @@ ROUTES: tuple[Route, ...] = (
           AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=65),
     Route("triton.matmul_packed", "triton", "pallas_kernels.triton.matmul_packed", INTEGERS | TABLES | {"e2m1"},
           AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=1),
+    Route("mosaic.matmul_few", "mosaic", "pallas_kernels.mosaic.matmul_few", TABLES | {"int4", "e2m1"},
+          AS_IT_IS, SCALED | PIECES | {"zero_point"}, GPU, 90, 90, m_min=1, m_max=16),
     Route("mosaic.matmul_packed", "mosaic", "pallas_kernels.mosaic.matmul_packed", TABLES | {"int4", "e2m1"},
           AS_IT_IS, SCALED | PIECES | {"zero_point"}, GPU, 90, 90, m_min=1),
     Route("triton.matmul_8bit", "triton", "pallas_kernels.triton.matmul_8bit", BYTES,

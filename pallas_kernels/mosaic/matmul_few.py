@@ -1,0 +1,179 @@
+"""y = residual + activation(x @ w + bias) on Hopper for few rows of x, with weights of 4 bits: a stream of codes.
+
+    y[m, n] = sum_k x[m, k] * value(code[n, k]) * scale[n, k // g]
+    value(code) = code - zero_point, or a table's entry
+
+Operands
+    x          bfloat16 or float16 [M, K], M <= 16
+    packed     uint32 [N, B, 16], B = ceil(K / 128): the packed order
+    scale      float16, bfloat16, float32, e4m3 or e8m0 [N, ceil(K / g)], g = 16, 32, 64 or a multiple of 128; or [1, 1]
+    zero_point int8, like scale; bias [N]; residual [M, N]; global_scale float32 [] or [N]
+
+Work: a program owns `16 * strips` rows of the weight and all of K, so that one wave of programs, one or two to a
+multiprocessor, shares any weight evenly. Its warps share K; each has x of a few blocks in registers, the second operand
+of `mma.m16n8k16`, and walks over the strips:
+
+    device memory ──cp.async, 16 bytes a lane──▶ ring ──LDS.128──▶ words ──▶ values: the first operand
+                                                                         part [16, 8] = values @ x.T
+                                                                         sum += part * scale
+    sums of a strip ──▶ shared memory [warps, M, rows];   at the end: their sum, epilogue, y
+
+There is nobody to wait for: the packed order is that operand's order, so that a lane needs just the bytes it has copied
+itself. The ring is the lane's own, its copies are awaited by itself, and the one barrier is that before the end.
+
+Codes of integers are `128 + code` in bfloat16, exactly (`pallas_kernels.pairs`). What they are off by, 136 or with
+a zero point `128 + zero`, is not taken from each of them but, times the sum of x, from the sum.
+
+Numerics: products of values and x are exact in the tensor cores, sums float32 in a fixed order, one rounding, of the
+result. Exception: NF4 and FP4 values are rounded to x's type.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.finish import finish
+from pallas_kernels.mosaic import columns
+from pallas_kernels.mosaic.few_plan import BLOCK, MOST_ROWS, Few, Plan, candidates, first_choice, offset_by_sums
+from pallas_kernels.mosaic.few_program import Program
+from pallas_kernels.mosaic.lanes import Lanes
+from pallas_kernels.mosaic.lanes_numpy import NumpyLanes
+
+
+def _kernel(plan: Plan, *refs: Any, **shared: Any) -> None:
+    """Hands the refs of Pallas to `program`."""
+    names, arrays = plan.operands, list(shared)
+
+    def emit(_: Any, index: Any, *given: Any) -> None:
+        inside = dict(zip(arrays, given[len(names) :], strict=True))
+        outside = dict(zip(names, given[: len(names)], strict=True))
+        Program(Lanes(index.registers.item(), inside), plan, outside).run()
+
+    types = (plgpu.Layout.WG_SPLAT(()), *[plgpu.RefType()] * (len(refs) + len(shared)))
+    plgpu.inline_mgpu(arg_types=types)(emit)(jax.lax.axis_index("program"), *refs, *shared.values())
+
+
+def unsupported(
+    m: int, k: int, n: int, *, weight: str, group: int, block_n: int, x_dtype: str, x_format: str | None,
+    scale_dtype: str, transposed: bool, **_: Any,
+) -> str | None:  # fmt: skip
+    """Why this kernel cannot do a product, or None."""
+    if transposed:
+        return "it multiplies by the weight, not by its transpose"
+    if m > MOST_ROWS:
+        return f"it is made for up to {MOST_ROWS} rows of x, not {m}"
+    if x_format is not None or x_dtype not in ("bfloat16", "float16"):
+        return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
+    if block_n not in (1, n) or (block_n == n != 1 and group < k):
+        return f"its scales belong to one row or to all, not to {block_n} rows"
+    if group < k and group not in (16, 32, 64) and group % BLOCK:
+        return f"groups of {group}: it knows 16, 32, 64 and multiples of 128"
+    return None
+
+
+def configs(
+    m: int, k: int, n: int, *, weight: str, group: int, x_dtype: str, sms: int, **_: Any
+) -> list[dict[str, int]]:
+    """Configurations worth measuring; those that need too much shared memory do not compile."""
+    sums = offset_by_sums(weight, x_dtype)
+    return [dataclasses.asdict(one) for one in candidates(m, n, k, group, sums, sms)]
+
+
+def matmul(
+    x: jax.Array,
+    packed: jax.Array,
+    scale: jax.Array,
+    *,
+    weight: str,
+    group: int,
+    zero_point: jax.Array | None = None,
+    global_scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: Any = None,
+    config: dict[str, int] | None = None,
+    sms: int = 132,
+    interpret: bool = False,
+    **_: Any,
+) -> jax.Array:
+    """The product of the module's docstring.
+
+    Args:
+      weight: "int4", "e2m1", "nf4" or "fp4".
+      group: elements of K that share a scale; K or more for one scale a row.
+      config: fields of `Few`; empty takes `first_choice` for the shape.
+      sms: multiprocessors of the chip.
+      interpret: run the same program in NumPy, on any machine.
+      (others: shapes and dtypes in the module's docstring)
+
+    Returns:
+      `[M, N]` in `out_dtype`, default x's.
+    """
+    (m, k), (n, blocks) = x.shape, packed.shape[:2]
+    if scale.size == 1 < n:
+        one = scale.reshape(()).astype(jnp.float32)
+        scale, global_scale = jnp.ones((n, 1), jnp.float32), one if global_scale is None else one * global_scale
+    of_rows = scale.shape[1] == 1
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    given = dict(global_scale=global_scale, bias=bias, residual=residual)
+    inside = {} if activation else {name: a for name, a in given.items() if a is not None}
+    dtypes = {name: a.dtype.name for name, a in inside.items()}
+    plan = Plan(
+        m=m,
+        n=n,
+        blocks=blocks,
+        weight=weight,
+        x=x.dtype.name,
+        scale=None if of_rows else scale.dtype.name,
+        group=blocks * BLOCK if of_rows else group,
+        groups=scale.shape[1],
+        zeros=zero_point is not None,
+        row_scale=scale.dtype.name if of_rows else None,
+        global_scale=inside["global_scale"].ndim if "global_scale" in inside else None,
+        bias=dtypes.get("bias"),
+        residual=dtypes.get("residual"),
+        out="float32" if activation else out_dtype.name,
+        config=Few(**config) if config else first_choice(m, n, k, group, offset_by_sums(weight, x.dtype.name), sms),
+    )
+    x = jnp.pad(x, ((0, 0), (0, BLOCK * blocks - k)))
+    arrays = [x, packed.reshape(n, -1), columns.as_loaded(scale)]
+    arrays += [a for a in (zero_point, *inside.values()) if a is not None]
+    y = _call(plan, arrays, interpret)
+    if activation is None:
+        return y
+    return finish(y, out_dtype, activation=activation, **given)
+
+
+def _call(plan: Plan, arrays: list[jax.Array], interpret: bool) -> jax.Array:
+    """The kernel, or the same program in NumPy."""
+    out = jax.ShapeDtypeStruct((plan.m, plan.n), jnp.dtype(plan.out))
+    if interpret:
+
+        def run(*given: Any) -> np.ndarray:
+            y = np.full(out.shape, np.nan, out.dtype)
+            lanes = NumpyLanes(plan.programs, plan.config.all_warps, plan.shared)
+            arrays = dict(zip(plan.operands, [*(np.asarray(a) for a in given), y], strict=True))
+            Program(lanes, plan, arrays).run()
+            return y
+
+        return jax.pure_callback(run, out, *arrays, vmap_method="sequential")
+    return plgpu.kernel(
+        functools.partial(_kernel, plan),
+        out_type=out,
+        grid=(plan.programs,),
+        grid_names=("program",),
+        num_threads=plan.config.threads // 128,
+        thread_name="warpgroup",
+        kernel_name=f"qjax_{plan.weight}_hopper_few",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        scratch_types={name: plgpu.SMEM((size // 4,), jnp.uint32) for name, size in plan.shared.items()},
+    )(*arrays)
