@@ -101,12 +101,15 @@ class Lanes:
         return [v if kind == "f" else Int(v) for v, kind in zip(found, out, strict=True)]
 
     def integer(self, value: int) -> Int:
+        """A constant."""
         return Int(mgpu.c(value, _i32()))
 
     def real(self, value: float) -> ir.Value:
+        """A float32 constant."""
         return mgpu.c(value, ir.F32Type.get())
 
     def minimum(self, a: Int, b: Any) -> Int:
+        """The smaller one, signed."""
         return a._with(arith.minsi, b)
 
     def choose(self, condition: Int, a: Any, b: Any) -> Any:
@@ -192,9 +195,11 @@ class Lanes:
         )
 
     def read_real(self, name: str, at: Int, offset: int = 0) -> ir.Value:
+        """A float32 of shared memory."""
         return self._ptx(f"ld.shared.f32 $0, [$1 + {offset}];", self._shared[name] + at, out="f")[0]
 
     def write_real(self, name: str, at: Int, offset: int, value: ir.Value) -> None:
+        """A float32 to shared memory."""
         self._ptx(f"st.shared.f32 [$0 + {offset}], $1;", self._shared[name] + at, value)
 
     def warp_barrier(self) -> None:
@@ -247,12 +252,15 @@ class Lanes:
         )  # fmt: skip
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """`a * b + c`, rounded once."""
         return self._ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c, out="f", effects=False)[0]
 
     def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """`a + b`."""
         return arith.addf(a, b)
 
     def multiply(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """`a * b`."""
         return arith.mulf(a, b)
 
     def mma(self, a: Sequence[Int], b: Sequence[Int], c: Sequence[ir.Value], dtype: str) -> list[ir.Value]:

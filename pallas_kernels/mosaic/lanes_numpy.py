@@ -51,32 +51,40 @@ class NumpyLanes:
         self._groups: list[list[Any]] = []
 
     def integer(self, value: int) -> np.ndarray:
+        """A constant, 64 bits wide here."""
         return np.full(self.lane.shape, value)
 
     def real(self, value: float) -> np.ndarray:
+        """A float32 constant."""
         return np.full(self.lane.shape, value, np.float32)
 
     def minimum(self, a: np.ndarray, b: Any) -> np.ndarray:
+        """The smaller one."""
         return np.minimum(a, b)
 
     def choose(self, condition: np.ndarray, a: Any, b: Any) -> np.ndarray:
+        """By `np.where`."""
         return np.where(condition, a, b)
 
     def repeat(self, times: int, body: Callable[..., Sequence[Any]], carry: Sequence[Any]) -> list[Any]:
+        """A Python loop."""
         for i in range(times):
             carry = body(self.integer(i), *carry)
         return list(carry)
 
     def pointer(self, array: np.ndarray) -> Pointer:
+        """At the first byte."""
         return Pointer(array.reshape(-1).view(np.uint8), self.integer(0))
 
     def load(self, at: Pointer, size: int, offset: int = 0, when: np.ndarray | None = None) -> list[np.ndarray]:
+        """By indexing bytes."""
         found = at.bytes(offset, size, np.broadcast_to(True if when is None else when, self.lane.shape))
         unit = min(size, 4)
         words = found.reshape(*self.lane.shape, size // unit, unit).astype(np.int64)
         return list(np.moveaxis((words << (8 * np.arange(unit))).sum(-1), -1, 0))
 
     def store(self, at: Pointer, value: np.ndarray, dtype: str, when: np.ndarray) -> None:
+        """Each element at most once."""
         out = at.data.view(jnp.dtype(dtype))
         where = at.at[when] // out.itemsize
         if len(np.unique(where)) != len(where):
@@ -91,25 +99,30 @@ class NumpyLanes:
     def copy(
         self, name: str, to: np.ndarray, offset: int, at: Pointer, from_offset: int, size: int, when: np.ndarray
     ) -> None:
+        """Poisons the place until it is awaited."""
         where = self._words(name, to + offset, size // 4)
         self._shared[name][where] = _UNWRITTEN
         words = at.bytes(from_offset, size, when).astype(np.uint8).reshape(*self.lane.shape, size).view(np.uint32)
         self._group.append((name, where, words))
 
     def commit(self) -> None:
+        """Closes the group."""
         self._groups.append(self._group)
         self._group = []
 
     def wait(self, but: int) -> None:
+        """Lets the oldest groups arrive."""
         while len(self._groups) > but:
             for name, where, words in self._groups.pop(0):
                 self._shared[name][where] = words
 
     def read(self, name: str, at: np.ndarray, size: int, offset: int = 0) -> list[np.ndarray]:
+        """Words of shared memory."""
         words = self._shared[name][self._words(name, at + offset, size // 4)]
         return list(np.moveaxis(words.astype(np.int64), -1, 0))
 
     def read_matrices(self, name: str, at: np.ndarray) -> list[np.ndarray]:
+        """Each lane gathers from where eight others point."""
         found, word = [], np.arange(32) % 4
         for j in range(4):
             there = at[..., 8 * j + np.arange(32) // 4]
@@ -118,19 +131,22 @@ class NumpyLanes:
         return found
 
     def read_real(self, name: str, at: np.ndarray, offset: int = 0) -> np.ndarray:
+        """A float32 of shared memory."""
         return self._shared[name][self._words(name, at + offset, 1)][..., 0].view(np.float32)
 
     def write_real(self, name: str, at: np.ndarray, offset: int, value: np.ndarray) -> None:
+        """A float32 to shared memory."""
         which, word = self._words(name, at + offset, 1)
         self._shared[name][which[..., 0], word[..., 0]] = value.view(np.uint32)
 
     def warp_barrier(self) -> None:
-        pass
+        """Nothing: all lanes are in step."""
 
     def barrier(self) -> None:
-        pass
+        """Nothing: all lanes are in step."""
 
     def pair(self, word: np.ndarray, nibble: int, weight: str, dtype: str, less: np.ndarray | None) -> np.ndarray:
+        """By the definition of the format."""
         form, halves = _16_BITS[dtype], []
         for half in (0, 1):
             code = (word >> (16 * half + 4 * nibble)) & 15
@@ -143,32 +159,39 @@ class NumpyLanes:
         return halves[0] | (halves[1] << 16)
 
     def offset_pair(self, word: np.ndarray, nibble: int, dtype: str) -> np.ndarray:
+        """By the definition."""
         halves = [((word >> (16 * half + 4 * nibble)) & 15) + MAGIC[dtype][1] for half in (0, 1)]
         low, high = (h.astype(_16_BITS[dtype]).view(np.uint16).astype(np.int64) for h in halves)
         return low | (high << 16)
 
     def both(self, value: np.ndarray, dtype: str) -> np.ndarray:
+        """A float32 in both halves, rounded."""
         half = value.astype(_16_BITS[dtype]).view(np.uint16).astype(np.int64)
         return half | (half << 16)
 
     def as_reals(self, word: np.ndarray, dtype: str) -> list[np.ndarray]:
+        """By viewing the bits."""
         form = jnp.dtype(dtype)
         bits = 8 * form.itemsize
         parts = [(word >> shift) & (2**bits - 1) for shift in range(0, 32, bits)]
         return [part.astype(f"uint{bits}").view(form).astype(np.float32) for part in parts]
 
     def fma(self, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        """Rounded once."""
         return (a.astype(np.float64) * b + c).astype(np.float32)
 
     def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """`a + b`."""
         return a + b
 
     def multiply(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """`a * b`."""
         return a * b
 
     def mma(
         self, a: Sequence[np.ndarray], b: Sequence[np.ndarray], c: Sequence[np.ndarray], dtype: str
     ) -> list[np.ndarray]:
+        """By `einsum` in float64."""
         form, lanes = _16_BITS[dtype], (*self.lane.shape[:2], 8, 4)
 
         def of_lanes(register: np.ndarray) -> np.ndarray:  # [..., r, 2 c + l]

@@ -15,7 +15,7 @@ from pallas_kernels.mosaic.lanes_numpy import NumpyLanes
 from qjax.dequantize import block_scales
 from qjax.qtensor import QTensor
 
-# scheme, (M, K, N), configuration, error allowed against rounding the exact result: tables are rounded to x's type first
+# scheme, (M, K, N), configuration, error allowed against rounding the exact result (tables are rounded to x's type)
 CASES = [
     ("w4a16", (1, 4096, 704), Few(8, 1, 11, 4, 1), 1.05),
     ("w4a16", (8, 2048, 96), Few(4, 1, 3, 2, 2), 1.05),
