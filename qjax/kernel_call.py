@@ -179,9 +179,10 @@ _STATICS = ("weight", "bits", "group", "block_n", "x_granularity", "transposed",
 
 
 def statics(problem: Problem, device: Device) -> dict[str, Any]:
-    """What a kernel's `matmul` is told by keyword besides arrays: some of the facts its `unsupported` judged by."""
+    """What a kernel's `matmul` is told by keyword besides arrays: some of the facts its `unsupported` judged by, and
+    `table`, the values of a codebook format's codes."""
     known = facts(problem, device)
-    return {name: known[name] for name in _STATICS}
+    return {name: known[name] for name in _STATICS} | {"table": problem.scheme.format.codebook or ()}
 
 
 def in_padded_pieces(arrays: _Arrays, w: QTensor, transposed: bool) -> _Arrays:

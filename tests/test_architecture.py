@@ -128,7 +128,7 @@ MAY_IMPORT = {
     "pallas_kernels.dense_dot": Row(),
     "pallas_kernels.pairs": Row(),
     "pallas_kernels.result": Row(),
-    "pallas_kernels.xla.*": Row("pallas_kernels.finish pallas_kernels.dense_dot"),
+    "pallas_kernels.xla.*": Row("pallas_kernels.finish pallas_kernels.pairs pallas_kernels.dense_dot"),
     "pallas_kernels.triton.*": Row(
         "pallas_kernels.finish pallas_kernels.result pallas_kernels.pairs pallas_kernels.dense_dot"
     ),

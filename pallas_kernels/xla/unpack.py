@@ -12,21 +12,10 @@ bits in the wide one. Every index below is a reshape or a broadcast, never a gat
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.pairs import TABLES
+
 BLOCK = 128
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
-
-_FP4 = (0.0, 0.0052083333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-TABLES: dict[str, tuple[float, ...]] = {
-    "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ),
-    "fp4": (*_FP4, *(-v for v in _FP4)),
-    "e2m1": (*_E2M1, *(-v for v in _E2M1)),
-}  # fmt: skip
 
 _TWO_23 = 0x4B000000  # float32 bits of 2^23: `| code` gives 2^23 + code
 

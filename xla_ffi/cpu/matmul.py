@@ -24,19 +24,6 @@ _UNIT = 16  # codes along k that must share a scale
 _X = ("float32", "bfloat16", "float16")
 _SCALES = (*_X, "float8_e8m0fnu", "float8_e4m3fn")
 
-_FP4 = (0.0, 0.0052083333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-TABLES: dict[str, tuple[float, ...]] = {
-    "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ),
-    "fp4": (*_FP4, *(-v for v in _FP4)),
-    "e2m1": (*_E2M1, *(-v for v in _E2M1)),
-}  # fmt: skip
-
 
 def unsupported(
     m: int, k: int, n: int, *, group: int, x_format: str | None, x_dtype: str, scale_dtype: str,
@@ -74,9 +61,9 @@ def matmul(
     packed: jax.Array,
     scale: jax.Array,
     *,
-    weight: str,
     group: int,
     block_n: int = 1,
+    table: tuple[float, ...] = (),
     zero_point: jax.Array | None = None,
     global_scale: jax.Array | None = None,
     codebook: jax.Array | None = None,
@@ -93,9 +80,9 @@ def matmul(
       x: `[M, K]`, float32, bfloat16 or float16.
       packed: uint32 `[N, ceil(K/128), 4*bits]` in the packed order, or codes of 8 bits `[N, K]`.
       scale: `[ceil(N/block_n), ceil(K/group)]`, float32, bfloat16, float16, e8m0 or e4m3.
-      weight: the format's name, which says what table there is.
       group, block_n: columns and rows of the weight that share a scale.
-      zero_point: like scale, int8 or float; codebook: float32 `[2**bits]` in place of the format's table.
+      table: values of the format's codes; empty for integers and FP8.
+      zero_point: like scale, int8 or float; codebook: float32 `[2**bits]` in place of the table.
       global_scale: `[]` or `[N]`; bias: `[N]`; residual: `[M, N]`.
       activation: elementwise, in float32.
       out_dtype: x's by default.
@@ -109,7 +96,7 @@ def matmul(
     """
     y = multiply(
         x, packed, scale, group=group, block_n=block_n, zero_point=zero_point, codebook=codebook,
-        table=TABLES.get(weight, ()), instructions=(config or {}).get("instructions", ""),
+        table=table, instructions=(config or {}).get("instructions", ""),
     )  # fmt: skip
     return finish(
         y, jnp.dtype(out_dtype or x.dtype), global_scale=global_scale, bias=bias, activation=activation,

@@ -97,7 +97,7 @@ def test_a_table_of_the_tensor_replaces_the_formats_own(bits):
     codes, table = rng.integers(0, 2**bits, (6, 256)), rng.standard_normal(2**bits).astype(np.float32)
     packed = qjax.layouts.pack(jnp.asarray(codes), 4) if bits == 4 else jnp.asarray(codes, jnp.uint8)
     x, scale = rng.standard_normal((2, 256)).astype(np.float32), rng.uniform(1, 2, (6, 2)).astype(np.float32)
-    y = matmul.matmul(jnp.asarray(x), packed, jnp.asarray(scale), weight="nf4", group=128, codebook=jnp.asarray(table))
+    y = matmul.matmul(jnp.asarray(x), packed, jnp.asarray(scale), group=128, codebook=jnp.asarray(table))
     exact = x.astype(np.float64) @ (table.astype(np.float64)[codes] * np.repeat(scale, 128, 1)).T
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-4)
 
@@ -172,9 +172,9 @@ def test_what_it_cannot_do_is_said(facts, reason):
 def test_shapes_that_do_not_fit_are_an_error_that_names_them():
     x, packed, scale = jnp.ones((1, 256)), jnp.zeros((8, 2, 16), jnp.uint32), jnp.ones((8, 2))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"shapes do not fit.*F32\[1,256\].*\[8,3\]"):
-        matmul.matmul(x, packed, jnp.ones((8, 3)), weight="int4", group=128).block_until_ready()
+        matmul.matmul(x, packed, jnp.ones((8, 3)), group=128).block_until_ready()
     with pytest.raises(jax.errors.JaxRuntimeError, match="does not have the instructions 'sve'"):
-        matmul.matmul(x, packed, scale, weight="int4", group=128, config={"instructions": "sve"}).block_until_ready()
+        matmul.matmul(x, packed, scale, group=128, config={"instructions": "sve"}).block_until_ready()
 
 
 def test_without_the_library_the_reference_runs_and_says_why(monkeypatch):
