@@ -134,6 +134,18 @@ class CheckpointFiles:
         raw = np.memmap(entry.file, np.uint8, "r", offset=entry.start, shape=(entry.stop - entry.start,))
         return np.require(raw.view(entry.dtype), requirements="A").reshape(entry.shape).view(np.ndarray)
 
+    def read_ahead(self, prefix: str) -> None:
+        """Lets the system begin to read the tensors of the module `prefix` from the disk, where it can be asked to.
+
+        What is mapped is else read a little at a time, where it is first touched, and whoever touches it waits.
+        """
+        if not hasattr(os, "posix_fadvise"):  # as on macOS and Windows
+            return
+        for name, entry in self.entries.items():
+            if name.startswith(f"{prefix}."):
+                with entry.file.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
+
     def json(self, name: str) -> dict[str, Any] | None:
         """The JSON object in the file `name` of the folder, or None where there is no such file."""
         file = self.path / name

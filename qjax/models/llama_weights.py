@@ -26,6 +26,8 @@ from qjax.models.tensor_names import VISION, TensorNames, names_in, text_config,
 from qjax.progress import track
 from qjax.qtensor import QTensor
 
+AHEAD = 2  # modules that the disk is ahead of the one that is made ready: one of them may be a norm
+
 FLOATS = ("float32", "float16", "bfloat16")
 
 # Tensors that are computed here, whatever the file says.
@@ -110,9 +112,13 @@ def load_llama(
     if vision := vision_tensors(files) if "text_config" in files.config else []:
         model.notes = (f"{len(vision)} tensors of {vision[0].rpartition('.')[0]} and others: text alone is read",)
         ignored = (*ignored, VISION)
-    _check_names(files, {names.prefix(path) for _, _, path, _ in leaves}, names, config, ignored)
-    for parent, attribute, path, module in track(leaves, "loading"):
-        prefix = names.prefix(path)
+    prefixes = [names.prefix(path) for _, _, path, _ in leaves]
+    _check_names(files, set(prefixes), names, config, ignored)
+    reads_all = mesh is None or not mesh.is_multi_process  # else this process reads a part of each tensor
+    for i, (parent, attribute, path, module) in enumerate(track(leaves, "loading")):
+        prefix = prefixes[i]
+        if reads_all and i + AHEAD < len(prefixes):
+            files.read_ahead(prefixes[i + AHEAD])
         where = f"{files.path}: {prefix}"
         if isinstance(module, RMSNorm):
             weight = _floats(files, f"{prefix}.weight")

@@ -1,9 +1,11 @@
 """Tensors reach the modules that they are named for; whatever does not fit is an error."""
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +107,38 @@ class LoadTest(parameterized.TestCase):
         self.folder = self.folder.with_name("single")
         single = nnx.state(load_llama(self.files()))
         jax.tree.map(np.testing.assert_array_equal, sharded, single)
+
+    @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to read ahead")
+    def test_the_disk_is_asked_for_each_module_but_the_first_two_before_it_is_read(self):
+        events = []
+        files = self.files()
+        spans = {name: (entry.start, entry.stop - entry.start) for name, entry in files.entries.items()}
+        advise, get = os.posix_fadvise, CheckpointFiles.__getitem__
+
+        def recorded(descriptor: int, start: int, size: int, advice: int) -> None:
+            events.append(("ahead", (start, size)))
+            advise(descriptor, start, size, advice)
+
+        def read(files: CheckpointFiles, name: str) -> np.ndarray:
+            events.append(("read", spans[name]))
+            return get(files, name)
+
+        with mock.patch.object(os, "posix_fadvise", recorded), mock.patch.object(CheckpointFiles, "__getitem__", read):
+            load_llama(files)
+        asked = [span for what, span in events if what == "ahead"]
+        unasked = {name.rpartition(".")[0] for name, span in spans.items() if span not in asked}
+        self.assertEqual(len(unasked), 2, unasked)
+        self.assertEqual(len(asked), len(set(asked)))
+        for span in asked:
+            self.assertLess(events.index(("ahead", span)), events.index(("read", span)))
+
+    def test_where_the_system_cannot_be_asked_to_read_ahead_the_model_is_the_same(self):
+        files = self.files()
+        asked = nnx.state(load_llama(files))
+        with mock.patch.object(os, "posix_fadvise", create=True):
+            del os.posix_fadvise
+            unasked = nnx.state(load_llama(files))
+        jax.tree.map(np.testing.assert_array_equal, unasked, asked)
 
     def test_end_tokens_come_from_generation_config(self):
         extra = {"generation_config.json": json.dumps({"eos_token_id": [3, 4]}).encode()}
