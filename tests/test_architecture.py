@@ -42,6 +42,7 @@ EVERYWHERE = {
 TENSOR = "qjax.formats qjax.schemes qjax.layouts qjax.qtensor"
 PRODUCT = f"{TENSOR} qjax.matmul qjax.contract qjax.quantize qjax.dequantize qjax.sharding"
 PUBLIC = f"qjax {PRODUCT} qjax.linen qjax.nnx qjax.models qjax.checkpoints qjax.dispatch"
+PALLAS = "pallas_kernels.finish pallas_kernels.grouped pallas_kernels.pairs pallas_kernels.result"
 
 # "folder.*" is the row of every module in that folder, which may import each other; the deepest
 # that fits counts. A contents page (`__init__.py`) may import what lies below it. As an entry,
@@ -126,13 +127,12 @@ MAY_IMPORT = {
     "pallas_kernels": Row(),
     "pallas_kernels.finish": Row(),
     "pallas_kernels.dense_dot": Row(),
+    "pallas_kernels.grouped": Row(),
     "pallas_kernels.pairs": Row(),
     "pallas_kernels.result": Row(),
     "pallas_kernels.xla.*": Row("pallas_kernels.finish pallas_kernels.pairs pallas_kernels.dense_dot"),
-    "pallas_kernels.triton.*": Row(
-        "pallas_kernels.finish pallas_kernels.result pallas_kernels.pairs pallas_kernels.dense_dot"
-    ),
-    "pallas_kernels.mosaic.*": Row("pallas_kernels.finish pallas_kernels.result pallas_kernels.pairs"),
+    "pallas_kernels.triton.*": Row(f"{PALLAS} pallas_kernels.dense_dot"),
+    "pallas_kernels.mosaic.*": Row(PALLAS),
     "xla_ffi": Row(),
     "xla_ffi.finish": Row(),
     "xla_ffi.manual_axes": Row(),

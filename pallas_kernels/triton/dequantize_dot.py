@@ -28,6 +28,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dense_dot import cut_rows, dense_dot
 from pallas_kernels.finish import finish
+from pallas_kernels.grouped import why_not
 from pallas_kernels.result import result
 from pallas_kernels.triton import weight_tile
 from pallas_kernels.triton.operand import BLOCK
@@ -36,13 +37,9 @@ from pallas_kernels.triton.weight_tile import Weight
 _ROWS, _BLOCKS, _WARPS = 32, 2, 4  # of a program: 64 values a thread, 40 registers (int4), 12 programs a multiprocessor
 
 
-def unsupported(
-    m: int, k: int, n: int, *, group: int, block_n: int, x_dtype: str, x_format: str | None, scale_dtype: str, **_: Any
-) -> str | None:
+def unsupported(m: int, k: int, n: int, **facts: Any) -> str | None:
     """Why this kernel cannot do a product, or None."""
-    if x_format is not None or x_dtype not in ("bfloat16", "float16"):
-        return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
-    return weight_tile.unsupported(group=group, k=k, n=n, block_n=block_n, x_dtype=x_dtype, scale_dtype=scale_dtype)
+    return why_not(k, n, **facts)
 
 
 def configs(m: int, k: int, n: int, **_: Any) -> list[dict[str, int]]:

@@ -34,6 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.finish import finish
+from pallas_kernels.grouped import why_not
 from pallas_kernels.result import result
 from pallas_kernels.triton import weight_tile
 from pallas_kernels.triton.operand import BLOCK
@@ -46,16 +47,11 @@ _SHORTEST_SHARE = 4  # blocks that are worth a program
 _SHAPES = ((64, 64, 4), (128, 64, 4), (128, 128, 8), (256, 128, 8))
 
 
-def unsupported(
-    m: int, k: int, n: int, *, group: int, block_n: int, x_dtype: str, x_format: str | None, scale_dtype: str,
-    transposed: bool, **_: Any,
-) -> str | None:  # fmt: skip
+def unsupported(m: int, k: int, n: int, *, transposed: bool, **facts: Any) -> str | None:
     """Why this kernel cannot do a product, or None."""
     if transposed:
         return "it multiplies by the weight, not by its transpose"
-    if x_format is not None or x_dtype not in ("bfloat16", "float16"):
-        return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
-    return weight_tile.unsupported(group=group, k=k, n=n, block_n=block_n, x_dtype=x_dtype, scale_dtype=scale_dtype)
+    return why_not(k, n, **facts)
 
 
 def smem_of(tile: Tile, bits: int) -> int:

@@ -20,17 +20,6 @@ from pallas_kernels.triton import columns
 from pallas_kernels.triton.operand import BLOCK, PLANES, operand, operand_pieces, plane_words
 
 
-def unsupported(*, group: int, k: int, n: int, block_n: int, x_dtype: str, scale_dtype: str) -> str | None:
-    """Why a weight cannot be read so, or None."""
-    if block_n not in (1, n) or (block_n == n != 1 and group < k):
-        return f"its scales belong to one row or to all, not to {block_n} rows"
-    if group < k and group not in (16, 32, 64) and group % BLOCK:
-        return f"groups of {group}: it knows 16, 32, 64 and multiples of 128"
-    if x_dtype == "float16" and scale_dtype == "float8_e8m0fnu":
-        return "e8m0 scales exceed the range of float16"
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """Static facts of a weight.
