@@ -43,6 +43,7 @@ TENSOR = "qjax.formats qjax.schemes qjax.layouts qjax.qtensor"
 PRODUCT = f"{TENSOR} qjax.matmul qjax.contract qjax.quantize qjax.dequantize qjax.sharding"
 PUBLIC = f"qjax {PRODUCT} qjax.linen qjax.nnx qjax.models qjax.checkpoints qjax.dispatch"
 PALLAS = "pallas_kernels.finish pallas_kernels.grouped pallas_kernels.pairs pallas_kernels.result"
+FFI = "xla_ffi.finish xla_ffi.manual_axes xla_ffi.shared_library"
 
 # "folder.*" is the row of every module in that folder, which may import each other; the deepest
 # that fits counts. A contents page (`__init__.py`) may import what lies below it. As an entry,
@@ -136,8 +137,9 @@ MAY_IMPORT = {
     "xla_ffi": Row(),
     "xla_ffi.finish": Row(),
     "xla_ffi.manual_axes": Row(),
-    "xla_ffi.cublaslt.*": Row("xla_ffi.finish xla_ffi.manual_axes"),
-    "xla_ffi.cpu.*": Row("xla_ffi.finish xla_ffi.manual_axes"),
+    "xla_ffi.shared_library": Row(),
+    "xla_ffi.cublaslt.*": Row(FFI),
+    "xla_ffi.cpu.*": Row(FFI),
 }
 
 # Who may look a module up by its name: the kernels are found so, and may be absent.

@@ -11,6 +11,8 @@ import threading
 
 import jax
 
+from xla_ffi.shared_library import needed, opened
+
 LIBRARY = pathlib.Path(__file__).with_name("libqjax_cpu.so")
 TARGET = "qjax_cpu_matmul"
 _lock = threading.Lock()
@@ -19,14 +21,7 @@ _lock = threading.Lock()
 @functools.cache
 def _open() -> ctypes.CDLL | str:
     """The library, or why it does not load."""
-    if not LIBRARY.exists():
-        return f"{LIBRARY.name} is not built: `make setup` in a clone builds it, with g++"
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return f"{LIBRARY.name} does not load here: {error}"
-    library.QjaxCpuInstructions.restype = library.QjaxCpuInt8Instructions.restype = ctypes.c_char_p
-    return library
+    return opened(LIBRARY, QjaxCpuInstructions=ctypes.c_char_p, QjaxCpuInt8Instructions=ctypes.c_char_p)
 
 
 def missing() -> str | None:
@@ -49,9 +44,7 @@ def int8_instructions() -> tuple[str, ...]:
 
 @functools.cache
 def _register_once() -> None:
-    library = _open()
-    if isinstance(library, str):
-        raise RuntimeError(library)
+    library = needed(_open())
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.QjaxCpuMatmul), platform="cpu")
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from xla_ffi.shared_library import needed, opened
+
 LIBRARY = pathlib.Path(__file__).with_name("libqjax_cublaslt.so")
 TARGET = "qjax_cublaslt_matmul"
 _lock = threading.Lock()
@@ -20,15 +22,7 @@ _lock = threading.Lock()
 @functools.cache
 def _open() -> ctypes.CDLL | str:
     """The library, or why it does not load."""
-    if not LIBRARY.exists():
-        return f"{LIBRARY.name} is not built: `make setup` in a clone builds it, with g++"
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return f"{LIBRARY.name} does not load here: {error}"
-    library.QjaxCublasLtMissing.restype = ctypes.c_char_p
-    library.QjaxCublasLtVersion.restype = ctypes.c_int64
-    return library
+    return opened(LIBRARY, QjaxCublasLtMissing=ctypes.c_char_p, QjaxCublasLtVersion=ctypes.c_int64)
 
 
 @functools.cache
@@ -80,10 +74,7 @@ def register_handlers(library: ctypes.CDLL, platform: str, **stages: Any) -> Non
 
 @functools.cache
 def _register_once() -> None:
-    library = _open()
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    register_handlers(library, "CUDA")
+    register_handlers(needed(_open()), "CUDA")
 
 
 def register() -> None:
