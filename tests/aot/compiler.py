@@ -1,5 +1,5 @@
-"""`compile.py --serve` as a child process: the CUDA plugin stays out of this one, and a compiler that crashes fails one
-test instead of all."""
+"""Compilers as child processes: the CUDA plugin stays out of this one, and a compiler that crashes fails one test
+instead of all. `Compiler` is `compile.py --serve`, for products; `answer_of` runs a script with programs of its own."""
 
 import dataclasses
 import importlib.util
@@ -23,6 +23,17 @@ def missing() -> str | None:
     if (PACKAGES / _PLUGIN).is_dir() or importlib.util.find_spec(_PLUGIN) is not None:
         return None
     return f"no CUDA compiler: neither {PACKAGES} nor this environment has {_PLUGIN} (make cuda-compiler)"
+
+
+def answer_of(script: str) -> Any:
+    """What a script of this folder prints, parsed (`whole_program.answer`)."""
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join(map(str, [PACKAGES, tests.parent, tests]))
+    env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    command = [sys.executable, str(Path(__file__).with_name(script))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 class Compiler:

@@ -3,22 +3,15 @@
 A child process of `test_cublaslt_aot.py`, which sets its environment: the CUDA plugin, JAX on the CPU.
 """
 
-import dataclasses
-import json
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from aot.compile import mesh_of, steps_of
+from aot.whole_program import answer, compiled
 
 from qjax.devices import find_device
 from xla_ffi.cublaslt import matmul, microscaling
-
-OPTIONS = {"xla_gpu_graph_min_graph_size": 1, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": ".*"}
 
 M, N, K, LAYERS = 64, 2048, 2048, 6
 E4M3, F32 = jnp.float8_e4m3fn, jnp.float32
@@ -90,19 +83,8 @@ PROGRAMS: dict[str, tuple[str, Callable[..., jax.Array], tuple[Any, ...]]] = {
 
 def compile_program(device: str, f: Callable[..., jax.Array], arguments: tuple[Any, ...]) -> dict[str, Any]:
     """Steps, scratch memory and HLO of a program."""
-    mesh = mesh_of(find_device(device))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), arguments)
-    with tempfile.TemporaryDirectory() as folder, jax.default_device(mesh.devices.flat[0]):
-        lowered = jax.jit(f).trace(*placed).lower(lowering_platforms=("cuda",))
-        done = lowered.compile(compiler_options={**OPTIONS, "xla_dump_to": folder})
-        steps = [dataclasses.asdict(step) for step in steps_of(Path(folder))]
-    scratch = done.memory_analysis().temp_size_in_bytes
-    return {"steps": steps, "scratch": scratch, "hlo": done.as_text()}
+    return compiled(find_device(device), lambda place: jax.jit(f).trace(*place(arguments)))
 
 
 if __name__ == "__main__":
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    json.dump({name: compile_program(*program) for name, program in PROGRAMS.items()}, answers)
-    answers.flush()
+    answer(lambda: {name: compile_program(*program) for name, program in PROGRAMS.items()})

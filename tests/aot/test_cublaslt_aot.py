@@ -1,14 +1,9 @@
 """cuBLASLt's custom call compiles for GPUs that are not there: inside the CUDA graph, and no weight is copied."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from aot.compiler import PACKAGES, missing
+from aot.compiler import answer_of, missing
 
 from xla_ffi.cublaslt import library
 from xla_ffi.cublaslt.call import WORKSPACE
@@ -25,13 +20,7 @@ WEIGHT = 2048 * 2048  # bytes of one layer's weight
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, Any]:
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join(map(str, [PACKAGES, tests.parent, tests]))
-    command = [sys.executable, str(Path(__file__).with_name("cublaslt_programs.py"))]
-    env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return answer_of("cublaslt_programs.py")
 
 
 def calls(program: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,15 +1,10 @@
 """A block of decode steps as XLA compiles it for a GPU that is not there: graphs, and nothing that moves weights."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from aot.compiler import PACKAGES, missing
+from aot.compiler import answer_of, missing
 
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
@@ -19,13 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def program() -> dict[str, Any]:
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join(map(str, [PACKAGES, tests.parent, tests]))
-    command = [sys.executable, str(Path(__file__).with_name("decode_program.py"))]
-    env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return answer_of("decode_program.py")
 
 
 def test_a_step_has_no_launch_outside_of_the_graph(program):
