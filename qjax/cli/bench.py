@@ -18,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, operation in OPERATIONS.items():
         sub = operations.add_parser(name, help=operation.HELP, description=operation.HELP)
         operation.add_arguments(sub)
-        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write records, and go on where FILE stopped")
         sub.add_argument("--limit", type=float, metavar="SECONDS", help="begin nothing new after that")
         sub.add_argument("--commit", help="the revision to record; default: git's")

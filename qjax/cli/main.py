@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import qjax
 from qjax.cli import bench, convert, devices, explain, generate, perplexity, quantize, roofline, tune
@@ -30,7 +30,11 @@ EXPECTED = (QJaxError, NotImplementedError, OSError)
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser that takes --debug and whose errors are one line; so are those of its subcommands."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists what is possible)\n")
@@ -38,13 +42,11 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
-    shared = _Parser(add_help=False)
-    shared.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
-    top = _Parser("qjax", description="Quantize models, run them, and see what that costs.", parents=[shared])
+    top = _Parser("qjax", description="Quantize models, run them, and see what that costs.")
     top.add_argument("--version", action="version", version=f"qjax {qjax.__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=command.HELP, description=command.HELP, parents=[shared])
+        sub = subparsers.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(sub)
         sub.set_defaults(run=command.run, prog=sub.prog)
     return top

@@ -135,7 +135,15 @@ def test_a_bug_is_one_line_too_with_its_class(
     assert "KeyError: " in fail(capsys, "devices")
 
 
-@pytest.mark.parametrize("argv", [["--debug", "explain", "nowhere"], ["explain", "nowhere", "--debug"]], ids=str)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--debug", "explain", "nowhere"],
+        ["explain", "nowhere", "--debug"],
+        ["bench", "gemm", "--schemes", "nowhere", "--shapes", "64x128", "--debug"],
+    ],
+    ids=" ".join,
+)
 def test_debug_shows_the_traceback(argv: list[str]) -> None:
     with pytest.raises(QJaxError, match="nowhere"):
         main(argv)
