@@ -5,11 +5,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from small_llama import small_llama
 
 from qjax.checkpoints import CheckpointFiles
-from qjax.models import Llama, LlamaConfig, load_llama
-from qjax.models.rope import Rope
+from qjax.models import Llama, load_llama
 
 PYLM = Path(__file__).parents[3] / "examples" / "pylm-4m"
 
@@ -33,17 +32,5 @@ def reference() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def small() -> Llama:
-    """One layer, 32 tokens, 64 positions, random weights."""
-    config = LlamaConfig(
-        model_type="llama",
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=64,
-        rope=Rope("default", 10000.0, 8, 64),
-    )
-    return Llama(config, rngs=nnx.Rngs(0))
+    """One layer, 32 tokens, 64 positions."""
+    return small_llama()

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
+from small_llama import small_llama
 
 import qjax
 import qjax.nnx
 from qjax.errors import CheckpointError
-from qjax.models import Llama, LlamaConfig, merge
+from qjax.models import Llama, merge
 from qjax.models.merge import MergedLinear
-from qjax.models.rope import Rope
 from qjax.qtensor import concat_rows
 
 forward = nnx.jit(lambda model, ids: model(ids))
@@ -22,20 +22,7 @@ IDS = jnp.arange(12, dtype=jnp.int32)[None]
 
 
 def made(**options: bool) -> Llama:
-    config = LlamaConfig(
-        model_type="llama",
-        vocab_size=32,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=64,
-        rope=Rope("default", 10000.0, 32, 64),
-        **options,
-    )
-    model = Llama(config, rngs=nnx.Rngs(0))
+    model = small_llama(hidden=128, layers=2, heads=4, **options)
     for path, module in nnx.iter_modules(model):
         if getattr(module, "bias", None) is not None:
             module.bias.set_value(jax.random.normal(jax.random.key(len(path)), module.bias.shape))
