@@ -1,0 +1,251 @@
+"""One new token a row: its query and key are turned, key and value go into the cache, and it attends to the cache.
+
+    q, k = rotary(q), rotary(k);  keys[slot], values[slot] = k, v
+    out = softmax(cap(scale * q @ keys.T)) @ values          over the slots up to the token's own, the last `window`
+
+Operands
+    row        [B, (H + 2 * J) * D]: queries of H heads, then keys and values of J; H is a multiple of J
+    cos, sin   float32 [B, D / 2]
+    positions  int32 [B]: the token's slot; outside of the cache it is not stored, below 0 the result means nothing
+    keys, values [B, J, T, D] in row's dtype: donated, they come back changed in one slot a row
+
+Work: a program has a row, a key-value head j with its H / J query heads, and one of `shares` parts of the slots that the
+row sees, so that a cache is read once, no further than the row is long, whatever its capacity:
+
+    keys [block, D] --dot q [D, heads]--> scores [block, heads] --softmax, as it goes--> weights
+    values.T [D, block] --dot weights--> += out [D, heads]
+
+The new key and value are never read from the cache: the program that stores them starts its sums from their registers,
+and no program loads the slot. Few rows and heads would leave most of the chip idle: then a row's slots are cut into
+shares, each gives its own softmax with the logarithm of its sum, and an XLA fusion weighs them together.
+
+Numerics: turned in float32 and rounded to row's dtype, as are the weights of the values; scores, softmax and sums are
+float32 (float32 operands are multiplied as such). Exponentials are powers of two, `ex2.approx`, off by 2 ulp.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.result import result
+
+_COLUMNS = 8  # of the tensor cores' result, at least
+_BLOCK_BYTES = 16384  # of keys in flight a stage, and of values
+_SHORTEST_SHARE = 256  # slots that are worth a program
+_NOTHING = -1e30  # a score of nothing: -inf would turn an empty share into NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A configuration: slots of a block, programs that share a row's slots, warps, blocks in flight."""
+
+    block: int
+    shares: int
+    warps: int
+    stages: int
+
+
+def unsupported(
+    *, heads: int, kv_heads: int, head_dim: int, dtype: Any, cache_dtype: Any, smem: int, cc: int, **_: Any
+) -> str | None:
+    """Why this kernel cannot do a layer's attention on such a device, or None."""
+    if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
+        return f"it takes bfloat16, float16 and float32, not {jnp.dtype(dtype).name}"
+    if jnp.dtype(cache_dtype) != jnp.dtype(dtype):
+        return f"the cache is {jnp.dtype(cache_dtype).name}, the token {jnp.dtype(dtype).name}"
+    if head_dim % 16 or head_dim > 256:
+        return f"heads of {head_dim}: it knows multiples of 16 up to 256"
+    if heads % kv_heads or heads // kv_heads > 32:
+        return f"{heads} query heads to {kv_heads}: it knows up to 32 a key-value head"
+    if cc < 80 or smem < 96 * 1024:
+        return f"it keeps blocks in {smem} bytes of shared memory, compute capability {cc / 10:.1f}; 98304 and 8.0 needed"
+    return None
+
+
+def tile_for(batch: int, kv_heads: int, capacity: int, head_dim: int, itemsize: int, sms: int, smem: int) -> Tile:
+    """The tile for a cache `[batch, kv_heads, capacity, head_dim]`: programs for all multiprocessors, no slivers."""
+    shares = 1
+    while shares * batch * kv_heads < sms and capacity // (2 * shares) >= _SHORTEST_SHARE:
+        shares *= 2
+    block = min(128, max(16, _BLOCK_BYTES // (pl.next_power_of_2(head_dim) * itemsize)))
+    return Tile(block, shares, 4, 3 if smem >= 128 * 1024 else 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Static facts of one call."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    capacity: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    tile: Tile
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key-value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a head's numbers in registers, padded: a column for each query head."""
+        return pl.next_power_of_2(self.head_dim), max(_COLUMNS, pl.next_power_of_2(self.group))
+
+
+def _turned(plan: _Plan, ref: Any, row: Any, head: Any, d: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Heads of a row, turned. Pairs are D / 2 apart, so each half is loaded for the other, too."""
+    half = plan.head_dim // 2
+    first, mask = d < half, d < plan.head_dim
+    x, partner = (
+        plgpu.load(ref.at[row, head, at], mask=mask, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
+        for at in (d, jnp.where(first, d + half, d - half))
+    )
+    return (x * cos + jnp.where(first, -partner, partner) * sin).astype(ref.dtype)
+
+
+def _capped(plan: _Plan, scores: jax.Array) -> jax.Array:
+    """Scores as powers of two."""
+    if plan.softcap is None:
+        return scores * (plan.scale * math.log2(math.e))
+    return jnp.tanh(scores * (plan.scale / plan.softcap)) * (plan.softcap * math.log2(math.e))
+
+
+def _kernel(
+    plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref: Any, keys_ref: Any, values_ref: Any, *outs: Any
+) -> None:
+    """One program: see the module's docstring."""
+    tile, (out_ref, *sums_ref, new_keys_ref, new_values_ref) = plan.tile, outs
+    share, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    position = positions_ref[row]
+    d = jnp.arange(plan.shape[0])
+    inside, half = d < plan.head_dim, plan.head_dim // 2
+    angle = jnp.where(d < half, d, d - half)
+    cos, sin = (plgpu.load(ref.at[row, angle], mask=inside, other=jnp.float32(0)) for ref in (cos_ref, sin_ref))
+
+    # The new token. Columns that are no query head's repeat the last one's.
+    column = jax.lax.broadcasted_iota(jnp.int32, plan.shape, 1)
+    head = kv_head * plan.group + jnp.minimum(column, plan.group - 1)
+    d_of_column = jax.lax.broadcasted_iota(jnp.int32, plan.shape, 0)
+    queries = _turned(plan, row_ref, row, head, d_of_column, cos[:, None], sin[:, None])
+    key = _turned(plan, row_ref, row, plan.heads + kv_head, d, cos, sin)
+    at = row_ref.at[row, plan.heads + plan.kv_heads + kv_head, d]
+    value = plgpu.load(at, mask=inside, other=jnp.zeros((), row_ref.dtype))
+    stored = (share == 0) & (position >= 0) & (position < plan.capacity)
+    for ref, new in ((new_keys_ref, key), (new_values_ref, value)):
+        slot = jnp.clip(position, 0, plan.capacity - 1)
+        plgpu.store(ref.at[row, kv_head, slot, d], new, mask=inside & stored)
+
+    score = _capped(plan, jnp.sum(queries.astype(jnp.float32) * key.astype(jnp.float32)[:, None], axis=0))
+    largest = jnp.where(stored, score, jnp.float32(_NOTHING))
+    total = jnp.where(stored, jnp.ones_like(score), jnp.float32(0))
+    attended = jnp.where(stored, jnp.broadcast_to(value.astype(jnp.float32)[:, None], plan.shape), jnp.float32(0))
+
+    # Its share of the slots before.
+    end = jnp.clip(position, 0, plan.capacity)
+    begin = jnp.int32(0) if plan.window is None else jnp.clip(position - (plan.window - 1), 0, end)
+    blocks = jax.lax.div(end - begin + (tile.block - 1), jnp.int32(tile.block))
+    a_share = jax.lax.div(blocks + (tile.shares - 1), jnp.int32(tile.shares))
+    shape = (tile.block, plan.shape[0])
+    columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    precision = jax.lax.Precision.HIGHEST if row_ref.dtype == jnp.float32 else None
+
+    def step(block: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest, total, attended = sums
+        first = begin + block * tile.block
+        slots = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        mask = slots < end
+        mask = mask if plan.head_dim == shape[1] else mask & (columns < plan.head_dim)
+        keys, values = (
+            plgpu.load(ref.at[row, kv_head, slots, columns], mask=mask, other=jnp.zeros((), ref.dtype))
+            for ref in (keys_ref, values_ref)
+        )
+        scores = _capped(plan, plgpu.dot(keys, queries, precision=precision))
+        seen = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < end
+        scores = jnp.where(seen, scores, jnp.float32(_NOTHING))
+        now = jnp.maximum(largest, jnp.max(scores, axis=0))
+        weights, faded = jnp.exp2(scores - now[None, :]), jnp.exp2(largest - now)
+        part = plgpu.dot(values, weights.astype(values.dtype), trans_a=True, precision=precision)
+        return now, total * faded + jnp.sum(weights, axis=0), attended * faded[None, :] + part
+
+    last = jnp.minimum((share + 1) * a_share, blocks)
+    largest, total, attended = jax.lax.fori_loop(share * a_share, last, step, (largest, total, attended))
+
+    total = jnp.where(total == 0, jnp.float32(1), total)  # an empty share: nothing / 1
+    heads = kv_head * plan.group + jnp.arange(plan.shape[1])
+    real = heads < (kv_head + 1) * plan.group
+    share = () if tile.shares == 1 else (share,)
+    at = out_ref.at[*share, row, heads[None, :], d[:, None]]
+    plgpu.store(at, (attended / total[None, :]).astype(out_ref.dtype), mask=inside[:, None] & real[None, :])
+    for ref in sums_ref:
+        plgpu.store(ref.at[*share, row, heads], largest + jnp.log2(total), mask=real)
+
+
+def _joined(attended: jax.Array, sums: jax.Array, dtype: Any) -> jax.Array:
+    """Shares `[S, B, H, D]` whose softmaxes have the sums `2^sums` `[S, B, H]` -> `[B, H, D]`."""
+    largest = functools.reduce(jnp.maximum, sums)  # one by one: XLA would make kernels of their own of reductions
+    weights = [jnp.exp2(a - largest)[..., None] for a in sums]
+    weighed = [weight * part for weight, part in zip(weights, attended, strict=True)]
+    return (functools.reduce(jnp.add, weighed) / functools.reduce(jnp.add, weights)).astype(dtype)
+
+
+def decode_attention(
+    row: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    sms: int = 132,
+    smem: int = 99 * 1024,
+    config: dict[str, int] | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one new token a row, which joins the cache.
+
+    Args:
+      scale: of the scores.
+      softcap: scores become `cap * tanh(score / cap)`.
+      window: slots that a token sees, its own included; None for all.
+      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have.
+      config: fields of `Tile`; empty takes `tile_for` the shape.
+      interpret: run in plain JAX on any machine.
+      (others: shapes and dtypes in the module's docstring)
+
+    Returns:
+      `([B, H * D] in row's dtype, keys, values)`.
+    """
+    batch, kv_heads, capacity, head_dim = keys.shape
+    heads = row.shape[1] // head_dim - 2 * kv_heads
+    picked = tile_for(batch, kv_heads, capacity, head_dim, keys.dtype.itemsize, sms, smem)
+    tile = Tile(**config) if config else picked
+    plan = _Plan(heads, kv_heads, head_dim, capacity, scale, softcap, window, tile)
+    operands = positions, cos, sin, row.reshape(batch, -1, head_dim), keys, values
+    shape, whole = (batch, heads, head_dim), tile.shares == 1
+    shares = result(shape, row.dtype, *operands), *()
+    if not whole:
+        shares = tuple(result((tile.shares, *part), jnp.float32, *operands) for part in (shape, shape[:2]))
+    caches = tuple(result(a.shape, a.dtype, *operands) for a in (keys, values))
+    *attended, keys, values = pl.pallas_call(
+        functools.partial(_kernel, plan),
+        grid=(tile.shares, kv_heads, batch),
+        out_shape=(*shares, *caches),
+        input_output_aliases={4: len(shares), 5: len(shares) + 1},
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="qjax_decode_attention",
+    )(*operands)
+    out = attended[0] if whole else _joined(*attended, row.dtype)
+    return out.reshape(batch, -1), keys, values
