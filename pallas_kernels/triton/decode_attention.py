@@ -9,8 +9,8 @@ Operands
     positions  int32 [B]: the token's slot; outside of the cache it is not stored, below 0 the result means nothing
     keys, values [B, J, T, D] in row's dtype: donated, they come back changed in one slot a row
 
-Work: a program has a row, a key-value head j with its H / J query heads, and one of `shares` parts of the slots that the
-row sees, so that a cache is read once, no further than the row is long, whatever its capacity:
+Work: a program has a row, a key-value head j with its H / J query heads, and one of `shares` parts of the slots that
+the row sees, so that a cache is read once, no further than the row is long, whatever its capacity:
 
     keys [block, D] --dot q [D, heads]--> scores [block, heads] --softmax, as it goes--> weights
     values.T [D, block] --dot weights--> += out [D, heads]
@@ -64,7 +64,9 @@ def unsupported(
     if heads % kv_heads or heads // kv_heads > 32:
         return f"{heads} query heads to {kv_heads}: it knows up to 32 a key-value head"
     if cc < 80 or smem < 96 * 1024:
-        return f"it keeps blocks in {smem} bytes of shared memory, compute capability {cc / 10:.1f}; 98304 and 8.0 needed"
+        return (
+            f"it keeps blocks in {smem} bytes of shared memory, compute capability {cc / 10:.1f}; 98304 and 8.0 needed"
+        )
     return None
 
 
@@ -120,10 +122,11 @@ def _capped(plan: _Plan, scores: jax.Array) -> jax.Array:
 
 
 def _kernel(
-    plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref: Any, keys_ref: Any, values_ref: Any, *outs: Any
-) -> None:
+    plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref: Any, keys_ref: Any, values_ref: Any,
+    out_ref: Any, sums_ref: Any, new_keys_ref: Any, new_values_ref: Any,
+) -> None:  # fmt: skip
     """One program: see the module's docstring."""
-    tile, (out_ref, *sums_ref, new_keys_ref, new_values_ref) = plan.tile, outs
+    tile = plan.tile
     share, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     position = positions_ref[row]
     d = jnp.arange(plan.shape[0])
@@ -182,11 +185,9 @@ def _kernel(
     total = jnp.where(total == 0, jnp.float32(1), total)  # an empty share: nothing / 1
     heads = kv_head * plan.group + jnp.arange(plan.shape[1])
     real = heads < (kv_head + 1) * plan.group
-    share = () if tile.shares == 1 else (share,)
-    at = out_ref.at[*share, row, heads[None, :], d[:, None]]
+    at = out_ref.at[share, row, heads[None, :], d[:, None]]
     plgpu.store(at, (attended / total[None, :]).astype(out_ref.dtype), mask=inside[:, None] & real[None, :])
-    for ref in sums_ref:
-        plgpu.store(ref.at[*share, row, heads], largest + jnp.log2(total), mask=real)
+    plgpu.store(sums_ref.at[share, row, heads], largest + jnp.log2(total), mask=real)
 
 
 def _joined(attended: jax.Array, sums: jax.Array, dtype: Any) -> jax.Array:
@@ -229,23 +230,23 @@ def decode_attention(
     """
     batch, kv_heads, capacity, head_dim = keys.shape
     heads = row.shape[1] // head_dim - 2 * kv_heads
-    picked = tile_for(batch, kv_heads, capacity, head_dim, keys.dtype.itemsize, sms, smem)
-    tile = Tile(**config) if config else picked
+    tile = Tile(**config) if config else tile_for(batch, kv_heads, capacity, head_dim, keys.dtype.itemsize, sms, smem)
     plan = _Plan(heads, kv_heads, head_dim, capacity, scale, softcap, window, tile)
     operands = positions, cos, sin, row.reshape(batch, -1, head_dim), keys, values
-    shape, whole = (batch, heads, head_dim), tile.shares == 1
-    shares = result(shape, row.dtype, *operands), *()
-    if not whole:
-        shares = tuple(result((tile.shares, *part), jnp.float32, *operands) for part in (shape, shape[:2]))
-    caches = tuple(result(a.shape, a.dtype, *operands) for a in (keys, values))
-    *attended, keys, values = pl.pallas_call(
+    shape, whole = (tile.shares, batch, heads, head_dim), tile.shares == 1
+    attended, sums, keys, values = pl.pallas_call(
         functools.partial(_kernel, plan),
         grid=(tile.shares, kv_heads, batch),
-        out_shape=(*shares, *caches),
-        input_output_aliases={4: len(shares), 5: len(shares) + 1},
+        out_shape=(
+            result(shape, row.dtype if whole else jnp.float32, *operands),
+            result(shape[:3], jnp.float32, *operands),
+            result(keys.shape, keys.dtype, *operands),
+            result(values.shape, values.dtype, *operands),
+        ),
+        input_output_aliases={4: 2, 5: 3},
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="qjax_decode_attention",
     )(*operands)
-    out = attended[0] if whole else _joined(*attended, row.dtype)
+    out = attended[0] if whole else _joined(attended, sums, row.dtype)
     return out.reshape(batch, -1), keys, values

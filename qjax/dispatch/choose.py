@@ -253,6 +253,17 @@ def load(kernel: Route | Quantizer) -> ModuleType:
     return importlib.import_module(kernel.module)
 
 
+def load_if_present(kernel: Route | Quantizer) -> ModuleType | None:
+    """The same, or None where its folder is lost or does not import."""
+    if not is_present(kernel):
+        return None
+    try:
+        return load(kernel)
+    except ImportError as error:  # JAX drops parts of itself, and a kernel folder goes with them
+        logging.log_first_n(logging.WARNING, "%s does not import: %s", 1, kernel.module, error)
+        return None
+
+
 def possible(device: Device, routes: tuple[Route, ...] = ROUTES) -> tuple[str, ...]:
     """The backends that have a kernel for the device, and of which nothing is missing."""
     fits = (

@@ -2,13 +2,11 @@
 
 import functools
 
-from absl import logging
-
 from qjax import devices
 from qjax.devices import Device
 from qjax.dispatch import backends
 from qjax.dispatch.backends import Selection
-from qjax.dispatch.choose import is_present, load
+from qjax.dispatch.choose import load_if_present
 from qjax.dispatch.routes import QUANTIZERS, Quantizer
 from qjax.formats import FORMATS
 from qjax.schemes import Activation
@@ -40,12 +38,8 @@ def _choose(activation: Activation, k: int, device: Device, name: str) -> Quanti
 
 def _can(row: Quantizer, activation: Activation, k: int, device: Device) -> bool:
     fits = device.platform in row.platforms and device.cc >= row.cc_min and activation.granularity in row.granularities
-    if not fits or not is_present(row):
-        return False
-    try:
-        module = load(row)
-    except ImportError as error:  # JAX drops parts of itself, and a kernel folder goes with them
-        logging.log_first_n(logging.WARNING, "%s does not import: %s", 1, row.module, error)
+    module = load_if_present(row) if fits else None
+    if module is None:
         return False
     return module.unsupported(k, FORMATS[activation.format].dtype, unit_of(activation, k), device.cc) is None
 

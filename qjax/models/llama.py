@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
+from qjax.models.decode_attention import decode_attention, plain_because
 from qjax.models.kv_cache import KVCache, LayerCache
 from qjax.models.llama_config import ACTIVATIONS, LlamaConfig
 from qjax.models.merge import MergedLinear
@@ -110,10 +111,17 @@ class Attention(nnx.Module):
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
         merged = self.qkv_proj
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if merged is None else merged(x)
-        queries, keys, values = map(heads, projected)
+        queries, keys, values = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if merged is None else merged(x)
         if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
+            queries = self.q_norm(heads(queries)).reshape(queries.shape)
+            keys = self.k_norm(heads(keys)).reshape(keys.shape)
+        if cache is not None and plain_because(x.shape[1], queries.shape[-1] // self.head_dim, x.dtype, cache) is None:
+            attended, cache = decode_attention(
+                queries, keys, values, cos, sin, positions, cache,
+                scale=self.scale, softcap=self.softcap, window=self.window,
+            )  # fmt: skip
+            return self.o_proj(attended), cache
+        queries, keys, values = map(heads, (queries, keys, values))
         queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
         key_positions = positions

@@ -42,6 +42,8 @@ class MergedLinear(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """The product, taken apart."""
         y = self.linear(x)
+        if self.shares == 1:  # slices and nothing else: whoever joins them again has y itself
+            return tuple(jnp.split(y, list(itertools.accumulate(self.sizes[:-1])), axis=-1))
         ranges = y.reshape(*y.shape[:-1], self.shares, -1)
         ends = list(itertools.accumulate(size // self.shares for size in self.sizes))
         return tuple(part.reshape(*y.shape[:-1], -1) for part in jnp.split(ranges, ends[:-1], axis=-1))
