@@ -28,6 +28,18 @@ def test_a_step_has_no_launch_outside_of_the_graph(program):
 def test_no_step_copies_codes_or_the_cache(program):
     body = max(re.findall(r"(?s)\n%[\w.]*region[^\n]*\{\n(.*?)\n\}", program["hlo"]), key=len)
     assert "u32[12288,32,16]" in body, "the merged weight of q, k and v is read in the loop"
-    copies = re.findall(r"= (\w+)\[([\d,]+)\]\S* (?:copy|transpose)\(", body)
+    assert "bf16[1,32,64,128]" in body, "the cache is in the loop"
+    copies = re.findall(r"= (\w+)\[([\d,]+)\]\S* (?:copy|transpose|copy-start)\(", program["hlo"])
     large = [(dtype, dims) for dtype, dims in copies if dtype == "u32" or dims.count(",") == 3]
     assert not large, large
+    moving = {"transpose", "scatter", "dynamic-update-slice"}
+    moved = re.findall(r"= bf16\[1,32,64,128\]\S* ([\w-]+)\(", program["hlo"])
+    assert not moving & set(moved), moved
+
+
+def test_a_layer_of_one_row_is_thirteen_kernels(program):
+    """From one attention to the next: beside four products and it, two norms of two kernels, sums, and the gate."""
+    names = [step["name"] for step in program["steps"]]
+    first, second = (i for i, name in enumerate(names) if name == "qjax_decode_attention")
+    assert sum("int4_matmul" in name for name in names[first:second]) == 4
+    assert second - first <= 13, names[first:second]
