@@ -24,7 +24,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,20 +134,27 @@ def compile_product(
     product: Product, device: Device, route: str | None = None, config: dict[str, Any] | None = None, sass: bool = False
 ) -> Report:
     """Compiles a product for a device, by the named route in the given config or by what dispatch chooses."""
-    mesh = mesh_of(device)
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    with qjax.use(device=device), tempfile.TemporaryDirectory() as folder:
+    with qjax.use(device=device):
         if route is None:
             choice = choose(product.problem, device)
             route, config = choice.route.name, dict(choice.config)
         run = program(next(r for r in ROUTES if r.name == route), product, config)
-        place = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole))
+        return compile_function(lambda o: run(o)[0], operand_shapes(product), device, route, sass)
+
+
+def compile_function(
+    run: Callable[[Any], Any], operands: Any, device: Device, route: str = "", sass: bool = False
+) -> Report:
+    """Compiles a function of one tree of operands for a device."""
+    mesh = mesh_of(device)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    place = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole))
+    with qjax.use(device=device), tempfile.TemporaryDirectory() as folder:
         # Mosaic GPU compiles by itself, what it has not compiled in this process yet.
         os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_TO": folder}
         with jax.default_device(mesh.devices.flat[0]), _said() as said:  # Pallas asks it what to lower for
             try:
-                traced = jax.jit(lambda o: run(o)[0]).trace(place(operand_shapes(product)))
-                lowered = traced.lower(lowering_platforms=("cuda",))
+                lowered = jax.jit(run).trace(place(operands)).lower(lowering_platforms=("cuda",))
                 done = lowered.compile(compiler_options={**_OPTIONS, "xla_dump_to": folder})
             except Exception as error:  # whatever it is, it is the answer
                 return Report(error=f"{type(error).__name__}: {error}\n{said()}", route=route)
