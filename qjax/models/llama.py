@@ -8,7 +8,7 @@ Statistics, softmax, rotary angles and logits are float32; everything between is
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ from qjax.models.kv_cache import KVCache, LayerCache
 from qjax.models.llama_config import ACTIVATIONS, LlamaConfig
 from qjax.models.merge import MergedLinear
 from qjax.models.rope import angles, rotate
+
+_PARTS = 32  # of a row's sum of squares: with 16 XLA leaves some of the sums on their own
 
 
 def automatic_axes[R](method: Callable[..., R]) -> Callable[..., R]:
@@ -47,6 +49,19 @@ def automatic_axes[R](method: Callable[..., R]) -> Callable[..., R]:
     return run
 
 
+def mean_of_squares(x: jax.Array) -> jax.Array:
+    """float32 `[..., features]` -> `[..., 1]`.
+
+    Of one row XLA's GPU compiler would make a kernel of this sum alone. In parts it goes into the kernel that makes x,
+    and the parts are joined, one by one and not by another sum, in the kernel that divides by it.
+    """
+    features = x.shape[-1]
+    if x.size > features or features % _PARTS:
+        return jnp.mean(x * x, axis=-1, keepdims=True)
+    parts = jnp.sum((x * x).reshape(*x.shape[:-1], _PARTS, -1), axis=-1)
+    return reduce(jnp.add, jnp.split(parts, _PARTS, axis=-1)) / features
+
+
 class RMSNorm(nnx.Module):
     """x * (offset + weight) / sqrt(mean(x^2) + epsilon) over the last axis, in float32."""
 
@@ -58,7 +73,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., features]` -> the same, in x's dtype."""
         wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        inverse = jax.lax.rsqrt(mean_of_squares(wide) + self.epsilon)
         weight = self.weight[...].astype(jnp.float32) + self.offset
         return (wide * inverse * weight).astype(x.dtype)
 
