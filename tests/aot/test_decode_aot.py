@@ -38,7 +38,7 @@ def test_no_step_copies_codes_or_the_cache(program):
 
 
 def test_a_layer_of_one_row_is_eleven_kernels(program):
-    """From one attention to the next: it, four products, a sum of their shares, the gate; for a norm two, sums in one."""
+    """From one attention to the next: it, four products, a sum of shares, the gate, two for each norm."""
     names = [step["name"] for step in program["steps"]]
     first, second = (i for i, name in enumerate(names) if name == "qjax_decode_attention")
     assert sum("int4_matmul" in name for name in names[first:second]) == 4
