@@ -46,6 +46,7 @@ MORE_SCHEMES = "w4a16:group_size=32,w4a16:symmetric=false,w4a16:group_size=-1,fp
 
 # Schemes, rows and shapes, the most important first; what a later stage has in common with an earlier one is done.
 STAGES = (
+    ("w4a16", ROWS, MAIN_SHAPES),
     (MAIN_SCHEMES, MAIN_ROWS, MAIN_SHAPES),
     (SCHEMES, MAIN_ROWS, MAIN_SHAPES),
     (MAIN_SCHEMES, ROWS, SHAPES),
