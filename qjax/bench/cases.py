@@ -12,7 +12,7 @@ from qjax.schemes import Scheme, parse_scheme
 SHAPES = "12288x4096,4096x4096,22016x4096,4096x11008,10240x8192,8192x8192"
 ROWS = "1,4,8,16,32,64,128,256,2048"
 SCHEMES = "w4a16,w8a16,nf4,mxfp4,nvfp4,fp8,w3a16,w2a16,w8a8_int8,w8a8_fp8"
-BACKENDS = "auto,triton,xla"
+BACKENDS = "auto,mosaic,triton,cublaslt,xla"
 
 
 @dataclasses.dataclass(frozen=True)
