@@ -5,17 +5,20 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gemm
-from qjax.bench.cases import parse_rows, parse_schemes, parse_shapes
+from qjax.bench.cases import BACKENDS, parse_backends, parse_rows, parse_schemes, parse_shapes
 from qjax.bench.records import KEYS, Results
 
 
 def test_the_most_important_sizes_come_first_and_each_case_once() -> None:
     cases = gemm.stages()
     assert len(set(cases)) == len(cases)
-    first = cases[: 3 * 4 * 4 * 3]
-    assert {(c.n, c.k) for c in first} == set(parse_shapes(gemm.MAIN_SHAPES))
-    assert {c.m for c in first} == set(parse_rows(gemm.MAIN_ROWS))
-    assert {c.scheme for c in first} == set(parse_schemes(gemm.MAIN_SCHEMES))
+    backends = len(parse_backends(BACKENDS))
+    first = cases[: 3 * 9 * backends]
+    assert {c.scheme for c in first} == set(parse_schemes("w4a16"))
+    then = cases[: 3 * (9 + 3 * 4) * backends]  # int4 at all rows, the other main schemes at some
+    assert {(c.n, c.k) for c in then} == set(parse_shapes(gemm.MAIN_SHAPES))
+    assert {c.m for c in then if c not in first} == set(parse_rows(gemm.MAIN_ROWS))
+    assert {c.scheme for c in then} == set(parse_schemes(gemm.MAIN_SCHEMES))
     everything = {(c.scheme, c.m, c.n, c.k) for c in cases}
     assert {(s, m, *nk) for s in parse_schemes(gemm.SCHEMES) for m in parse_rows(gemm.ROWS)
             for nk in parse_shapes(gemm.SHAPES)} <= everything  # fmt: skip
