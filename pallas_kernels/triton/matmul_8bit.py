@@ -26,6 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.finish import finish
 from pallas_kernels.result import result
+from pallas_kernels.triton import edges
 from pallas_kernels.triton.tiles import Tile, tile_for
 
 STEP = 128
@@ -91,18 +92,6 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
     policy = "evict_first" if plan.m <= tile.tile_m else None  # read once, codes would push x and scales out of the L2
     rows = jnp.minimum(first_row + jnp.arange(tile.tile_n), plan.n - 1)
 
-    def load_tile(ref: Any, first: jax.Array, height: int, size: int, step: jax.Array, policy: str | None) -> jax.Array:
-        """`ref[first : first + height]` of one step, zeros past the edges."""
-        shape, tests = (height, STEP), []
-        if size % height:
-            tests.append(first + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < size)
-        if plan.k % STEP:
-            tests.append(step * STEP + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < plan.k)
-        mask = functools.reduce(jnp.logical_and, tests) if tests else None
-        at = ref.at[pl.ds(first, height), pl.ds(step * STEP, STEP)]
-        other = None if mask is None else jnp.zeros((), ref.dtype)
-        return plgpu.load(at, mask=mask, other=other, eviction_policy=policy)
-
     def at_groups(ref: Any, column: jax.Array) -> jax.Array:
         """`ref[rows // block_n, column]` for columns `[1, C]`: `[tile_n, C]`."""
         shape = (tile.tile_n, column.shape[1])
@@ -120,8 +109,9 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
         return jax.lax.bitcast_convert_type(raw << 23, jnp.float32).astype(x_ref.dtype)
 
     def one_step(step: jax.Array, total: jax.Array) -> jax.Array:
-        codes = load_tile(w_ref, first_row, tile.tile_n, plan.n, step, policy)
-        x = load_tile(x_ref, first_x, tile.tile_m, plan.m, step, None)
+        first_k = step * STEP
+        codes = edges.load(w_ref, (first_row, first_k), (tile.tile_n, STEP), policy=policy)
+        x = edges.load(x_ref, (first_x, first_k), (tile.tile_m, STEP))
         if z_ref is not None:
             # past K's edge x is zero, whatever the value
             codes = codes.astype(jnp.float32) - at_groups(z_ref, column_of(step)).astype(jnp.float32)

@@ -45,7 +45,7 @@ from pallas_kernels.finish import finish
 from pallas_kernels.grouped import why_not
 from pallas_kernels.pairs import TABLES
 from pallas_kernels.result import result
-from pallas_kernels.triton import columns
+from pallas_kernels.triton import columns, edges
 from pallas_kernels.triton.operand import BLOCK, PLANES, operand_pieces, plane_words
 from pallas_kernels.triton.tiles import Tile, packed_tile, smem_of
 
@@ -159,20 +159,6 @@ class _Plan:
         return max(self.per_block // self.rows_of_x, 4 if mixed else 1)
 
 
-def _mask(shape: tuple[int, ...], *edges: tuple[int, Any, int, int]) -> jax.Array | None:
-    """Where a tile lies inside its array, for `(axis, first, size, step)`: axes that `step` divides need no test."""
-    inside = [
-        first + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < size
-        for axis, first, size, step in edges
-        if size % step
-    ]
-    return functools.reduce(jnp.logical_and, inside) if inside else None
-
-
-def _load(ref: Any, mask: jax.Array | None, policy: str | None = None) -> jax.Array:
-    return plgpu.load(ref, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype), eviction_policy=policy)
-
-
 def _add_scaled(total: jax.Array, part: jax.Array, scale: jax.Array, interpret: bool) -> jax.Array:
     """`total + part * scale`, rounded once: Triton would make two instructions of it."""
     scale = jnp.broadcast_to(scale, part.shape)
@@ -190,13 +176,9 @@ def _add_scaled(total: jax.Array, part: jax.Array, scale: jax.Array, interpret: 
 
 def _words(plan: _Plan, ref: Any, first_row: jax.Array, block: jax.Array) -> list[jax.Array]:
     """A block's planes. evict_first: read once, they would push x and scales out of the L2."""
-    height = plan.tile.tile_n
+    height, policy = plan.tile.tile_n, "evict_first" if plan.m <= plan.tile.tile_m else None
     return [
-        _load(
-            ref.at[pl.ds(first_row, height), pl.ds(block * 4 * plan.bits + first, size)],
-            _mask((height, size), (0, first_row, plan.n, height)),
-            "evict_first" if plan.m <= plan.tile.tile_m else None,
-        )
+        edges.load(ref, (first_row, block * 4 * plan.bits + first), (height, size), (height, 1), policy)
         for first, size in plane_words(plan.bits)
     ]
 
@@ -206,8 +188,7 @@ def _rows_of_x(plan: _Plan, ref: Any, first: jax.Array, block: jax.Array, piece:
     width, height = BLOCK // plan.pieces, plan.tile.tile_m
     start = block * BLOCK + piece * width
     if plan.rows_of_x == 1:
-        edges = _mask((height, width), (0, first, plan.m, height), (1, start, plan.k, BLOCK))
-        return _load(ref.at[pl.ds(first, height), pl.ds(start, width)], edges)
+        return edges.load(ref, (first, start), (height, width), (height, BLOCK))
     shape = (height, BLOCK)
     row = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -216,7 +197,7 @@ def _rows_of_x(plan: _Plan, ref: Any, first: jax.Array, block: jax.Array, piece:
     mask = mask & (row < plan.m * plan.rows_of_x)
     if plan.k % BLOCK:
         mask = mask & (start + column < plan.k)
-    return _load(ref.at[jax.lax.div(row, groups), start + column], mask)
+    return plgpu.load(ref.at[jax.lax.div(row, groups), start + column], mask=mask, other=jnp.zeros((), ref.dtype))
 
 
 def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None:
@@ -238,8 +219,7 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
         """Sums of the rows of x over a piece."""
         if not plan.sums_given:
             return plgpu.dot(jnp.ones((tile.tile_n, x.shape[1]), x.dtype), x.T)
-        at = sums_ref.at[pl.ds(block * plan.pieces + piece, 1), pl.ds(first_x, tile.tile_m)]
-        return _load(at, _mask((1, tile.tile_m), (1, first_x, plan.m, tile.tile_m)))
+        return edges.load(sums_ref, (block * plan.pieces + piece, first_x), (1, tile.tile_m))
 
     def step(block: jax.Array, total: jax.Array) -> jax.Array:
         # Scales first: nothing prefetches them, so that their way from memory is to overlap with the product.
@@ -278,7 +258,7 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
         total = total.reshape(tile.tile_n, height, plan.rows_of_x).sum(axis=2)
     first = pl.program_id(0) * height
     out = out_ref.at[pl.program_id(2), pl.ds(first, height), pl.ds(first_row, tile.tile_n)]
-    inside = _mask((height, tile.tile_n), (0, first, plan.m, height), (1, first_row, plan.n, tile.tile_n))
+    inside = edges.inside((height, tile.tile_n), (first, first_row), (plan.m, plan.n))
     plgpu.store(out, total.T.astype(out_ref.dtype), mask=inside)
 
 

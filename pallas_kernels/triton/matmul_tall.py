@@ -36,7 +36,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.finish import finish
 from pallas_kernels.grouped import why_not
 from pallas_kernels.result import result
-from pallas_kernels.triton import weight_tile
+from pallas_kernels.triton import edges, weight_tile
 from pallas_kernels.triton.operand import BLOCK
 from pallas_kernels.triton.tiles import Tile
 from pallas_kernels.triton.weight_tile import Weight
@@ -110,7 +110,7 @@ def _kernel(plan: _Plan, x_ref: Any, *refs: Any) -> None:
         values = weight_tile.values(weight, parts, row, block, (tile.tile_n, 1), x_ref.dtype.name)
         for i, half in enumerate(jax.lax.split(values, [_HALF, _HALF], axis=1)):
             at = (first_x, block * BLOCK + i * _HALF)
-            x = weight_tile.load(x_ref, at, (tile.tile_m, _HALF), (plan.m, plan.k), (tile.tile_m, BLOCK))
+            x = edges.load(x_ref, at, (tile.tile_m, _HALF), (tile.tile_m, BLOCK))
             total = total + plgpu.dot(x, half.T)
         return total
 

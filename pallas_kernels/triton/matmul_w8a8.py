@@ -40,6 +40,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.finish import finish
 from pallas_kernels.result import result
+from pallas_kernels.triton import edges
 from pallas_kernels.triton.fp8_dot import fp8_dot
 from pallas_kernels.triton.tiles import Tile
 
@@ -169,23 +170,6 @@ def _place(plan: _Plan, program: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (band * BAND + inside % height) * plan.tile.tile_m, inside // height * plan.tile.tile_n
 
 
-def _inside(shape: tuple[int, int], first: tuple[Any, Any], sizes: tuple[int, int]) -> jax.Array | None:
-    """Which elements of a tile that begins at `first` lie inside an array; None where no tile can reach past it."""
-    tests = [
-        start + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < size
-        for axis, (start, size) in enumerate(zip(first, sizes, strict=True))
-        if size % shape[axis]
-    ]
-    return functools.reduce(jnp.logical_and, tests) if tests else None
-
-
-def _load_tile(ref: Any, shape: tuple[int, int], first: tuple[Any, Any]) -> jax.Array:
-    """The tile of an operand that begins at `first`, zeros past the edges."""
-    mask = _inside(shape, first, ref.shape)
-    at = ref.at[pl.ds(first[0], shape[0]), pl.ds(first[1], shape[1])]
-    return plgpu.load(at, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
-
-
 def _kernel(plan: _Plan, names: tuple[str, ...], activation: Activation | None, *refs: Any) -> None:
     """One program: see the module's docstring."""
     tile, at, out_ref = plan.tile, dict(zip(names, refs[:-1], strict=True)), refs[-1]
@@ -195,8 +179,8 @@ def _kernel(plan: _Plan, names: tuple[str, ...], activation: Activation | None, 
 
     def multiplied(x_name: str, w_name: str, start: Any, width: int, total: Any = 0) -> jax.Array:
         """`total` and the product of some columns: `[tile_m, tile_n]`, transposed where the weight comes first."""
-        x = _load_tile(at[x_name], (tile.tile_m, width), (first_x, start))
-        w = _load_tile(at[w_name], (tile.tile_n, width), (first_w, start))
+        x = edges.load(at[x_name], (first_x, start), (tile.tile_m, width))
+        w = edges.load(at[w_name], (first_w, start), (tile.tile_n, width))
         first, second = (w, x) if plan.weight_first else (x, w)
         if x.dtype == jnp.float8_e4m3fn:
             return fp8_dot(first, second, jnp.broadcast_to(jnp.float32(total), (first.shape[0], second.shape[0])))
@@ -262,13 +246,13 @@ def _kernel(plan: _Plan, names: tuple[str, ...], activation: Activation | None, 
         total = total + jnp.where(pl.program_id(1) == 0, part, 0.0)
     total = total.T if plan.weight_first else total
     place = pl.ds(first_x, tile.tile_m), pl.ds(first_w, tile.tile_n)
-    inside = _inside(total.shape, (first_x, first_w), (plan.m, plan.n))
+    inside = edges.inside(total.shape, (first_x, first_w), (plan.m, plan.n))
     if "bias" in at:
         total = total + plgpu.load(at["bias"].at[w_rows]).astype(jnp.float32)[None, :]
     if activation is not None:
         total = activation(total)
     if "residual" in at:
-        total = total + _load_tile(at["residual"], total.shape, (first_x, first_w)).astype(jnp.float32)
+        total = total + edges.load(at["residual"], (first_x, first_w), total.shape).astype(jnp.float32)
     plgpu.store(out_ref.at[pl.program_id(1), *place], total.astype(out_ref.dtype), mask=inside)
 
 

@@ -39,7 +39,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.finish import finish
 from pallas_kernels.grouped import why_not
 from pallas_kernels.result import result
-from pallas_kernels.triton import weight_tile
+from pallas_kernels.triton import edges, weight_tile
 from pallas_kernels.triton.operand import BLOCK
 from pallas_kernels.triton.weight_tile import Weight
 
@@ -144,7 +144,7 @@ def _kernel(plan: _Plan, x_ref: Any, *refs: Any) -> None:
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         values = weight_tile.values(weight, parts, i, column, (tile.tile_n, tile.blocks), x_ref.dtype.name)
-        x = weight_tile.load(x_ref, (first_x, i * tile.tile_n), (tile.tile_m, tile.tile_n), (plan.m, weight.n))
+        x = edges.load(x_ref, (first_x, i * tile.tile_n), (tile.tile_m, tile.tile_n))
         return total + plgpu.dot(x, values)
 
     steps, first_k = -(-weight.n // tile.tile_n), column * tile.blocks * BLOCK

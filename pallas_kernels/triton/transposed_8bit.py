@@ -27,6 +27,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.finish import finish
 from pallas_kernels.result import result
+from pallas_kernels.triton import edges
 from pallas_kernels.triton.transposed import Tile
 
 TILE_K = 128
@@ -102,17 +103,6 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
     steps = -(-plan.n // tile.tile_n)
     share = -(-steps // tile.split_n)
 
-    def load(ref: Any, shape: tuple[int, int], first: tuple[jax.Array, jax.Array], size: tuple[int, int]) -> jax.Array:
-        """A tile, zeros past the edges."""
-        tests = [
-            first[axis] + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < size[axis]
-            for axis in (0, 1)
-            if size[axis] % shape[axis]
-        ]
-        mask = functools.reduce(jnp.logical_and, tests) if tests else None
-        at = ref.at[pl.ds(first[0], shape[0]), pl.ds(first[1], shape[1])]
-        return plgpu.load(at, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
-
     def of_rows(ref: Any, first: jax.Array) -> jax.Array:
         """`ref[rows // block_n, group]` of a step's rows, in float32."""
         row = jnp.minimum((first + jnp.arange(tile.tile_n)) // plan.block_n, plan.rows - 1)
@@ -120,8 +110,8 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         first = i * tile.tile_n
-        values = load(w_ref, (tile.tile_n, TILE_K), (first, first_k), (plan.n, plan.k))
-        x = load(x_ref, (tile.tile_m, tile.tile_n), (first_x, first), (plan.m, plan.n))
+        values = edges.load(w_ref, (first, first_k), (tile.tile_n, TILE_K))
+        x = edges.load(x_ref, (first_x, first), (tile.tile_m, tile.tile_n))
         if z_ref is not None:  # past N's edge x is zero, whatever the value
             values = values.astype(jnp.float32) - of_rows(z_ref, first)[:, None]
         scaled = (x.astype(jnp.float32) * of_rows(s_ref, first)[None, :]).astype(x.dtype)

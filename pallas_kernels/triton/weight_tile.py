@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.triton import columns
+from pallas_kernels.triton import columns, edges
 from pallas_kernels.triton.operand import BLOCK, PLANES, operand, operand_pieces, plane_words
 
 
@@ -72,26 +71,6 @@ def operands(weight: Weight, packed: jax.Array, scale: jax.Array, zero_point: ja
     """The arrays that a kernel reads of the weight."""
     entries = ([] if weight.scale is None else [scale]) + ([] if zero_point is None else [zero_point])
     return [packed, *(columns.as_words(a) for a in entries)]
-
-
-def load(
-    ref: Any,
-    first: tuple[Any, ...],
-    shape: tuple[int, ...],
-    size: tuple[int, ...],
-    step: tuple[int, ...] | None = None,
-) -> jax.Array:
-    """A tile of an array of `size`, zeros past its edges; tiles reach past those that `step`, the shape by
-    default, does not divide."""
-    step = step or shape
-    inside = [
-        first[axis] + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < size[axis]
-        for axis in range(len(shape))
-        if size[axis] % step[axis]
-    ]
-    mask = functools.reduce(jnp.logical_and, inside) if inside else None
-    at = ref.at[tuple(pl.ds(*pair) for pair in zip(first, shape, strict=True))]
-    return plgpu.load(at, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
 
 
 def _entries(
@@ -162,11 +141,9 @@ def values(
         return [entries(s_ref, weight.scale or "", rows, column, group) for group in groups]
 
     planes = [
-        load(
-            w_ref, (first, column * of, word), (tile_n, of, words), (weight.n, weight.blocks, word + words)
-        ).reshape(height, words)
+        edges.load(w_ref, (first, column * of, word), (tile_n, of, words), (tile_n, of, 1)).reshape(height, words)
         for word, words in plane_words(weight.bits)
-    ]  # fmt: skip
+    ]
     read = functools.partial(operand, planes, weight.weight, weight.bits, dtype, interpret=weight.interpret)
     if z_ref is None:
         found = read(None if weight.scale is None else of_words())
