@@ -1,12 +1,13 @@
 // XLA FFI handler of one custom call on the host, `qjax_cpu_matmul`:
 //
-//     y[b] = x[b] @ w[b]^T,    w[n, k] = (value(code[n, k]) - zero[n', k']) * scale[n', k']        b over the leading axes
+//     y[b] = x[b] @ w[b]^T,  or  x[b] @ w[b] where `transposed` is set
+//     w[n, k] = (value(code[n, k]) - zero[n', k']) * scale[n', k']        b over the leading axes
 //     n' = n / block_n, k' = k / group
 //
 // Operands, row-major, in this order; those after scale only where their bit of the attribute `operands` is set:
-//     x [.., M, K] float, or int8 whose scales the caller applies   packed [.., N, ceil(K / 128), 4 * bits] uint32, or [.., N, K] of a byte each
+//     x [.., M, K] ([.., M, N] if transposed) float, or int8 whose scales the caller applies   packed [.., N, ceil(K / 128), 4 * bits] uint32, or [.., N, K] of a byte each
 //     scale [.., ceil(N / block_n), ceil(K / group)]   zero_point, like scale   codebook [.., 16 or 256] float32
-// Result: y [.., M, N] float32. Attributes: `table`, the codes' values where the format has its own table, else empty;
+// Result: y [.., M, N] float32; [.., M, K] if transposed, packed K with its padding. Attributes: `table`, the codes' values where the format has its own table, else empty;
 // `instructions`, a name of those below, or empty for the best that this machine has.
 //
 // The kernels are compiled once for each set of instructions, and the machine's is chosen at run time: one library runs
@@ -225,7 +226,8 @@ bool PlaceScales(Product& p) {
 }
 
 // The product of the first element of the batch; `Advance` makes it the next one's.
-ffi::Error Describe(const Operands& o, ffi::Span<const float> table, int64_t group, int64_t block_n, Product& p) {
+ffi::Error Describe(const Operands& o, ffi::Span<const float> table, int64_t group, int64_t block_n, bool transposed,
+                    Product& p) {
   const auto x = o.x.dimensions(), packed = o.packed.dimensions(), scale = o.scale.dimensions(), y = o.y.dimensions();
   if (x.size() < 2 || scale.size() < 2 || y.size() < 2 || packed.size() < 2)
     return Wrong("operands have two axes and more", o);
@@ -235,19 +237,22 @@ ffi::Error Describe(const Operands& o, ffi::Span<const float> table, int64_t gro
   if (!codes || !x_type || *x_type == Number::kE8M0 || *x_type == Number::kE4M3 || !scale_type ||
       *scale_type == Number::kInt8)
     return Wrong("a dtype that it does not read", o);
-  if (*x_type == Number::kInt8 && *codes != Codes::kInt4 && *codes != Codes::kInt8)
+  if (*x_type == Number::kInt8 && ((*codes != Codes::kInt4 && *codes != Codes::kInt8) || transposed))
     return Wrong("x as int8 meets codes of int4 and int8", o);
   p.codes_type = *codes;
   const bool is_packed = IsPacked(*codes);
   const size_t own = is_packed ? 3 : 2;
   if (packed.size() < own) return Wrong("packed codes have three axes and more", o);
-  p.m = x[x.size() - 2], p.k = x.back(), p.n = packed[packed.size() - own];
+  p.transposed = transposed;
+  p.m = x[x.size() - 2], p.k = transposed ? y.back() : x.back(), p.n = packed[packed.size() - own];
   p.blocks = (p.k + kBlock - 1) / kBlock;
   p.row_bytes = is_packed ? p.blocks * packed.back() * 4 : p.k;
   p.groups = scale.back(), p.group = group, p.block_n = block_n;
   if (p.k < 1 || group < 1 || block_n < 1) return Wrong("K, group and block_n are at least 1", o);
-  if ((is_packed ? packed[packed.size() - 2] != p.blocks : packed.back() != p.k) || y.back() != p.n ||
-      y[y.size() - 2] != p.m || (p.groups - 1) * group >= p.k || p.groups * group < p.k ||
+  const int64_t padding = transposed && is_packed ? kBlock - 1 : 0;  // of y along K: there are no scales for it
+  if ((is_packed ? packed[packed.size() - 2] != p.blocks : packed.back() != p.k) || x.back() != p.depth() ||
+      y.back() != p.width() || y[y.size() - 2] != p.m || (p.groups - 1) * group >= p.k ||
+      p.groups * group + padding < p.k ||
       scale[scale.size() - 2] != (p.n + block_n - 1) / block_n)
     return Wrong("shapes do not fit each other", o);
   const int64_t batch = Batch(o.y, 2);
@@ -290,14 +295,14 @@ void Advance(Product& p, const Operands& o, int64_t batch) {
   p.scale.data = next(p.scale.data, o.scale);
   if (o.role[kZeroPoint]) p.zero.data = next(p.zero.data, *o.role[kZeroPoint]);
   if (o.role[kCodebook]) p.table = reinterpret_cast<const float*>(next(p.table, *o.role[kCodebook]));
-  p.y += p.m * p.n;
+  p.y += p.m * p.width();
 }
 
 void Run(const Product& p, const Instructions& set, ffi::ThreadPool& pool) {
   for (int64_t m0 = 0; m0 < p.m; m0 += kRowsAtOnce) {
     Rows rows;
     rows.m = std::min(kRowsAtOnce, p.m - m0);
-    rows.stride = p.blocks * kBlock + kPadding;
+    rows.stride = (p.depth() + kBlock - 1) / kBlock * kBlock + kPadding;
     if (p.x.type == Number::kInt8) {
       rows.codes = New<int8_t>(rows.m * rows.stride);
       rows.corrections = New<int32_t>(rows.m * p.blocks * 16);
@@ -305,25 +310,26 @@ void Run(const Product& p, const Instructions& set, ffi::ThreadPool& pool) {
     } else {
       rows.values = New<float>(rows.m * rows.stride);
     }
-    rows.sums = New<float>(p.zero.data != nullptr ? rows.m * p.groups : 0);
+    rows.sums = New<float>(p.zero.data != nullptr && !p.transposed ? rows.m * p.groups : 0);
     auto prepare = [&](int64_t i) { set.prepare(p, m0, rows, i); };
-    if (rows.m * p.k < kWorkOfATask) {
+    if (rows.m * p.depth() < kWorkOfATask) {
       for (int64_t i = 0; i < rows.m; ++i) prepare(i);
     } else {
       ParallelFor(pool, rows.m, prepare);
     }
     const int64_t worth = std::max<int64_t>(1, rows.m * p.n * p.k / kWorkOfATask);
     const int64_t tasks = std::min(worth, std::max<int64_t>(1, pool.num_threads()) * kTasksOfAThread);
-    const int64_t step = ((p.n + tasks - 1) / tasks + 15) / 16 * 16;
-    ParallelFor(pool, (p.n + step - 1) / step, [&](int64_t i) {
-      set.multiply(p, m0, rows, i * step, std::min(p.n, (i + 1) * step));
+    const int64_t unit = p.transposed ? kBlock : 16, units = (p.width() + unit - 1) / unit;
+    const int64_t step = (units + tasks - 1) / tasks * unit;
+    ParallelFor(pool, (p.width() + step - 1) / step, [&](int64_t i) {
+      set.multiply(p, m0, rows, i * step, std::min(p.width(), (i + 1) * step));
     });
   }
 }
 
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed, ffi::AnyBuffer scale,
                     ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, int32_t operands, int64_t group,
-                    int64_t block_n, ffi::Span<const float> table, std::string_view instructions) {
+                    int64_t block_n, ffi::Span<const float> table, bool transposed, std::string_view instructions) {
   Operands o{x, packed, scale, *y, {}};
   size_t next = 0;
   for (int r = 0; r < kRoles; ++r) {
@@ -339,7 +345,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packe
                                        std::string(instructions) + "'");
   if (o.y.element_count() == 0) return ffi::Error::Success();
   Product p{};
-  if (ffi::Error error = Describe(o, table, group, block_n, p); error.failure()) return error;
+  if (ffi::Error error = Describe(o, table, group, block_n, transposed, p); error.failure()) return error;
   const int64_t batch = Batch(o.y, 2);
   for (int64_t i = 0; i < batch; ++i) {
     Run(p, *set, pool);
@@ -362,6 +368,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(QjaxCpuMatmul, Multiply,
                                   .Attr<int64_t>("group")
                                   .Attr<int64_t>("block_n")
                                   .Attr<ffi::Span<const float>>("table")
+                                  .Attr<bool>("transposed")
                                   .Attr<std::string_view>("instructions"));
 
 // What scripts/build-ffi finds in the file: a library runs with this version of XLA's interface and later ones.

@@ -110,9 +110,10 @@ static constexpr int PackedPosition(int i) {
   return 32 * j + 16 * (p >> 1 & 1) + 8 * (p & 1) + 2 * c + (p >> 2);
 }
 
-// Row m0 + i of x in float32 and in the kernels' order, and its sums over groups.
+// Row m0 + i of x in float32; along K in the kernels' order, and with its sums over groups.
 static void Prepare(const Product& p, int64_t m0, Rows& rows, int64_t i) {
   float* out = rows.values.get() + i * rows.stride;
+  if (p.transposed) return ToFloats(p.x, (m0 + i) * p.n, p.n, out);
   const bool packed = IsPacked(p.codes_type);
   Buffer<float> straight = packed ? New<float>(rows.stride) : nullptr;
   float* row = packed ? straight.get() : out;
@@ -296,10 +297,13 @@ static void MultiplyMany(const Product& p, int64_t m0, const Rows& rows, int64_t
   }
 }
 
+#include "kernels_transposed.h"
+
 // ---- which of them ---------------------------------------------------------------------------------------------------
 
 template <class D, Scales kScales>
 static void MultiplyScaled(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
+  if (p.transposed) return MultiplyTransposed<D, kScales>(p, m0, rows, n0, n1);
   (rows.m <= kFewRows ? MultiplyFew<D, kScales> : MultiplyMany<D, kScales>)(p, m0, rows, n0, n1);
 }
 

@@ -3,9 +3,11 @@
     w[k, n] = (code[n, k] - zero_point[n', k']) * scale[n', k']        n' = n // block_n, k' = k // group
     w[k, n] = table[code[n, k]] * scale[n', k']
 
+Transposed it is x @ w.T, as gradients with respect to x are, read from the same codes.
+
 One custom call reads the packed codes as they are stored and writes float32; what follows the product is plain JAX.
-`kernels.h` has the algorithm. Work is split over rows of w on XLA's own threads, and each element of y is summed in one
-order: the result does not depend on how many threads there are.
+`kernels.h` has the algorithm. Work is split over columns of y on XLA's own threads, and each element of y is summed in
+one order: the result does not depend on how many threads there are.
 
 Numerics: x and decoded codes in float32, sums in float32, one rounding. Codes of e4m3's NaN are read as 480.
 """
@@ -27,11 +29,9 @@ _SCALES = (*_X, "float8_e8m0fnu", "float8_e4m3fn")
 
 def unsupported(
     m: int, k: int, n: int, *, group: int, x_format: str | None, x_dtype: str, scale_dtype: str,
-    transposed: bool, features: frozenset[str] = frozenset(), **_: Any,
+    features: frozenset[str] = frozenset(), **_: Any,
 ) -> str | None:  # fmt: skip
     """Why this kernel cannot do a product, or None."""
-    if transposed:
-        return "it multiplies by the weight, not by its transpose"
     if x_format is not None or x_dtype not in _X:
         return f"it takes x in {', '.join(_X)}, not in {x_format or x_dtype}"
     if scale_dtype not in _SCALES and "nested_scale" not in features:
@@ -64,6 +64,7 @@ def matmul(
     group: int,
     block_n: int = 1,
     table: tuple[float, ...] = (),
+    transposed: bool = False,
     zero_point: jax.Array | None = None,
     global_scale: jax.Array | None = None,
     codebook: jax.Array | None = None,
@@ -77,28 +78,31 @@ def matmul(
     """The product of the module's docstring.
 
     Args:
-      x: `[M, K]`, float32, bfloat16 or float16.
+      x: `[M, K]`, transposed `[M, N]`, float32, bfloat16 or float16.
       packed: uint32 `[N, ceil(K/128), 4*bits]` in the packed order, or codes of 8 bits `[N, K]`.
       scale: `[ceil(N/block_n), ceil(K/group)]`, float32, bfloat16, float16, e8m0 or e4m3.
       group, block_n: columns and rows of the weight that share a scale.
       table: values of the format's codes; empty for integers and FP8.
       zero_point: like scale, int8 or float; codebook: float32 `[2**bits]` in place of the table.
-      global_scale: `[]` or `[N]`; bias: `[N]`; residual: `[M, N]`.
+      global_scale: `[]` or `[N]`; bias: `[N]`, transposed `[K]`; residual: as the result.
       activation: elementwise, in float32.
       out_dtype: x's by default.
       config: `instructions`, one of `library.instructions()`, for tests and comparisons; empty takes the first.
 
     Returns:
-      `[M, N]` in `out_dtype`.
+      `[M, N]` in `out_dtype`; transposed `[M, K]`, K as stored, padding included.
 
     Raises:
       RuntimeError: the library of handlers is not built, or does not load.
     """
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    if transposed and global_scale is not None and global_scale.ndim == 1:  # of rows of w, over which the sum runs
+        x, global_scale = x.astype(jnp.float32) * global_scale, None
     y = multiply(
         x, packed, scale, group=group, block_n=block_n, zero_point=zero_point, codebook=codebook,
-        table=table, instructions=(config or {}).get("instructions", ""),
+        table=table, transposed=transposed, instructions=(config or {}).get("instructions", ""),
     )  # fmt: skip
     return finish(
-        y, jnp.dtype(out_dtype or x.dtype), global_scale=global_scale, bias=bias, activation=activation,
+        y, out_dtype, global_scale=global_scale, bias=bias, activation=activation,
         residual=residual,
     )  # fmt: skip

@@ -29,10 +29,11 @@ struct Array {
 
 struct Product {
   int64_t m, k, n;
+  bool transposed;     // y [m, k] = x [m, n] @ w, k up to whole blocks, instead of y [m, n] = x [m, k] @ w^T
   int64_t blocks;      // of 128 along k
   int64_t row_bytes;   // of codes
   Codes codes_type;
-  Array x;             // [m, k]
+  Array x;             // [m, k], or [m, n]
   const uint8_t* codes;
   const float* table;  // 16 or 256 values; null for integers and FP8
   Array scale, zero;   // [ceil(n / block_n), groups]; zero.data may be null
@@ -42,7 +43,10 @@ struct Product {
   int64_t slots;       // scales of a block in the kernels' order
   std::vector<int32_t> slot_group;  // [blocks, slots], padded to 16: the group whose scale is there
   bool slots_are_groups;            // slot_group[i] is i
-  float* y;            // [m, n]
+  float* y;            // [m, n], or [m, k]
+
+  int64_t width() const { return transposed ? k : n; }  // of y
+  int64_t depth() const { return transposed ? n : k; }  // of x
 };
 
 inline bool IsPacked(Codes type) { return type <= Codes::kTable16; }
@@ -58,13 +62,13 @@ static Buffer<T> New(int64_t count) {
   return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64)));
 }
 
-// Rows of x, padded with zeros to whole blocks, in the order in which codes are decoded.
+// Rows of x; those along k padded with zeros to whole blocks, in the order in which codes are decoded.
 struct Rows {
   int64_t m, stride;
   Buffer<float> values;         // [m, stride]: x as floats
   Buffer<int8_t> codes;         // [m, stride]: x as int8
   Buffer<int32_t> corrections, whole_corrections;  // [m, blocks, 16], [m]: with codes, see kernels_int8.h
-  Buffer<float> sums;           // [m, groups]: of x over each group; where there are zero points
+  Buffer<float> sums;           // [m, groups]: of x along k over each group; where there are zero points
 };
 
 struct Instructions {
@@ -72,8 +76,8 @@ struct Instructions {
   bool (*available)();
   // Rows [m0, m0 + rows.m) of x; row `i` of them.
   void (*prepare)(const Product& p, int64_t m0, Rows& rows, int64_t i);
-  // y[m0 : m0 + rows.m, n0 : n1].
-  void (*multiply)(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1);
+  // y[m0 : m0 + rows.m, first : end].
+  void (*multiply)(const Product& p, int64_t m0, const Rows& rows, int64_t first, int64_t end);
 };
 
 }  // namespace qjax::cpu

@@ -36,7 +36,8 @@ SHAPES = ((1, 256, 37), (2, 128, 1), (3, 392, 24), (9, 640, 17), (70, 136, 5))
 
 def assert_exact(y, product: Product, o) -> None:
     """`y` is the product of these numpy operands within the bound of float32 sums and one rounding."""
-    x, w = np.asarray(o.x, np.float64), np.swapaxes(exact_weight(o.w), -1, -2)
+    x, w = np.asarray(o.x, np.float64), exact_weight(o.w)
+    w = w if product.transposed else np.swapaxes(w, -1, -2)
     activation = product.problem.activation
     exact = oracle(x, w, None if o.bias is None else o.bias[..., None, :], activation, o.residual)
     argument = 0 if o.bias is None else np.abs(x @ w) + np.abs(np.asarray(o.bias, np.float64)[..., None, :])
@@ -82,10 +83,27 @@ def test_zero_points_may_be_real_numbers(scheme, instructions):
         check(Product(scheme, m, 400, 21, real_zero=True), instructions)
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+def test_the_product_with_the_transposed_weight_is_that_of_float64_too(scheme, instructions):
+    for m, k, n in SHAPES[WEIGHT_ONLY.index(scheme) % 2 :: 2]:
+        check(Product(scheme, m, k, n, x_dtype="float32", transposed=True), instructions)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("scheme", ["w4a16:symmetric=false", "w8a16:group_size=16,symmetric=false", "w3a16"])
+def test_transposed_x_of_16_bits_with_zero_points_of_any_kind_is_rounded_once(scheme, instructions):
+    for m in (1, 6):
+        check(Product(scheme, m, 400, 21, transposed=True), instructions)
+        if "false" in scheme:
+            check(Product(scheme, m, 400, 21, transposed=True, real_zero=True), instructions)
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "fp8", "nvfp4", "nf4:double_quant=true"])
 def test_a_stack_of_weights_is_one_call(scheme):
     product = Product(scheme, 3, 200, 10, x_dtype="float32", stack=3)
     check(product, "")
+    check(dataclasses.replace(product, transposed=True), "")
     o = jax.tree.map(jnp.asarray, random_operands(product, np.random.default_rng(0)))
     text = jax.jit(lambda o: run_route(ROUTE, {}, Rows(o.x), o.w, product.problem)).lower(o).as_text()
     assert text.count(library.TARGET) == 1
@@ -104,13 +122,15 @@ def test_a_table_of_the_tensor_replaces_the_formats_own(bits):
 
 PRODUCTS_OF_ANY_THREADS = """
 import sys
-import jax.numpy as jnp, numpy as np, qjax
+import jax, jax.numpy as jnp, numpy as np, qjax
 rng = np.random.default_rng(0)
 for scheme in ("w4a16", "w8a16:group_size=32,symmetric=false", "nvfp4"):
     w = qjax.quantize_array(jnp.asarray(rng.standard_normal((1152, 1000)), jnp.float32), scheme)
     for m in (1, 7, 130):
         y = qjax.matmul(jnp.asarray(rng.standard_normal((m, 1152)), jnp.float32), w, backend="cpu")
         sys.stdout.buffer.write(np.asarray(y).tobytes())
+        _, back = jax.vjp(lambda x: qjax.matmul(x, w, backend="cpu"), jnp.zeros((m, 1152), jnp.float32))
+        sys.stdout.buffer.write(np.asarray(back(y)[0]).tobytes())
 """
 
 
@@ -124,7 +144,7 @@ def bits_with(threads: int) -> bytes:
 
 @pytest.mark.parametrize("threads", [2, 5])
 def test_results_do_not_depend_on_the_number_of_threads(threads):
-    assert len(bits_with(1)) == 3 * 138 * 1000 * 4
+    assert len(bits_with(1)) == 3 * 138 * (1000 + 1152) * 4
     assert bits_with(threads) == bits_with(1)
 
 
@@ -157,14 +177,13 @@ def test_gradients_vmap_and_scan_go_through_it():
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        (dict(transposed=True), "not by its transpose"),
         (dict(x_dtype="float64"), "not in float64"),
         (dict(scale_dtype="float64"), "scales in float32"),
         (dict(group=24), "groups of 24"),
     ],
 )
 def test_what_it_cannot_do_is_said(facts, reason):
-    known = dict(group=128, x_format=None, x_dtype="float32", scale_dtype="float16", transposed=False)
+    known = dict(group=128, x_format=None, x_dtype="float32", scale_dtype="float16")
     assert matmul.unsupported(1, 256, 64, **known) is None
     assert reason in matmul.unsupported(1, 256, 64, **(known | facts))
 

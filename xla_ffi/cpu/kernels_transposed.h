@@ -1,0 +1,85 @@
+// The product with the transposed weight, as gradients with respect to x are; a part of kernels.h.
+//
+//     y[m, k] = sum_n x[m, n] * w[n, k]
+//
+// As with many rows of x, a panel of 16 rows of the weight by 512 k is dequantized into the cache; then each of its rows,
+// x[m, n] times, is added to the rows of y, whose k stay in the order in which codes are decoded until they are written.
+// A task owns columns of y and goes through all rows of the weight. Every element of y is a chain of sums over 16 n each,
+// whose order depends on N alone.
+
+// sums[m][k] += sum over `count` rows r of x[m][r] * w[r][k], for `length` k.
+template <int kM>
+static void AddRows(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t count, int64_t length,
+                    float* sums, int64_t sums_stride) {
+  for (int64_t k = 0; k < length; k += kTileN * kLanes) {
+    F sum[kM][kTileN];
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 4
+      for (int i = 0; i < kTileN; ++i) sum[m][i] = Zero();
+    for (int64_t r = 0; r < count; ++r) {
+      F weight[kTileN];
+#pragma GCC unroll 4
+      for (int i = 0; i < kTileN; ++i) weight[i] = Load(w + r * w_stride + k + i * kLanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < kM; ++m) {
+        const F factor = Set1(x[m * x_stride + r]);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTileN; ++i) sum[m][i] = Fma(factor, weight[i], sum[m][i]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 4
+      for (int i = 0; i < kTileN; ++i) {
+        float* to = sums + m * sums_stride + k + i * kLanes;
+        Store(to, Add(Load(to), sum[m][i]));
+      }
+  }
+}
+
+template <class D, Scales kScales>
+static void MultiplyTransposed(const Product& p, int64_t m0, const Rows& rows, int64_t k0, int64_t k1) {
+  const D d(p);
+  constexpr int64_t kStride = kPanelBlocks * kBlock + kPadding;
+  const int64_t first_block = k0 / kBlock, end_block = (k1 + kBlock - 1) / kBlock;
+  const int64_t stride = (end_block - first_block) * kBlock + kPadding;
+  const Buffer<float> panel = New<float>(kPanelRows * kStride), sums = New<float>(rows.m * stride);
+  std::memset(sums.get(), 0, rows.m * stride * sizeof(float));
+  std::vector<RowScales> scales;
+  for (int i = 0; i < kPanelRows; ++i) scales.emplace_back(p);
+  uint8_t copy[D::kBytes];
+  for (int64_t first = 0; first < p.n; first += kPanelRows) {
+    const int64_t count = std::min<int64_t>(kPanelRows, p.n - first);
+    for (int64_t r = 0; r < count; ++r) {
+      scales[r].Read(p, first + r, D::kFactor);
+      scales[r].SpreadOffsets(p);
+    }
+    for (int64_t b0 = first_block; b0 < end_block; b0 += kPanelBlocks) {
+      const int64_t blocks = std::min<int64_t>(kPanelBlocks, end_block - b0);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t b = 0; b < blocks; ++b)
+          DecodeBlock<D, kScales>(d, BlockOf<D>(p, first + r, b0 + b, copy), scales[r].scale(p) + (b0 + b) * p.slots,
+                                  scales[r].offset() + (b0 + b) * p.slots, panel.get() + r * kStride + b * kBlock);
+      for (int64_t m = 0; m < rows.m; m += kTileM) {
+        const float* x = rows.values.get() + m * rows.stride + first;
+        float* to = sums.get() + m * stride + (b0 - first_block) * kBlock;
+        switch (rows.m - m) {
+          case 1: AddRows<1>(x, rows.stride, panel.get(), kStride, count, blocks * kBlock, to, stride); break;
+          case 2: AddRows<2>(x, rows.stride, panel.get(), kStride, count, blocks * kBlock, to, stride); break;
+          case 3: AddRows<3>(x, rows.stride, panel.get(), kStride, count, blocks * kBlock, to, stride); break;
+          default: AddRows<kTileM>(x, rows.stride, panel.get(), kStride, count, blocks * kBlock, to, stride);
+        }
+      }
+    }
+  }
+  for (int64_t m = 0; m < rows.m; ++m) {
+    const float* from = sums.get() + m * stride;
+    float* y = p.y + (m0 + m) * p.k + k0;
+    for (int64_t k = 0; k < k1 - k0; k += kBlock)
+      for (int i = 0; i < kBlock; ++i) {
+        const int64_t at = k + (D::kPacked ? PackedPosition(i) : i);
+        if (at < k1 - k0) y[at] = from[k + i];
+      }
+  }
+}
