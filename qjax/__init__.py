@@ -42,18 +42,22 @@ if TYPE_CHECKING:
     from qjax import linen as linen
     from qjax import models as models
     from qjax import nnx as nnx
+    from qjax import quality as quality
     from qjax.calibration.calibrate import calibrate as calibrate
     from qjax.checkpoints.load import load as load
     from qjax.checkpoints.save import save as save
     from qjax.models.tokenizer import load_tokenizer as load_tokenizer
+    from qjax.quality.compare import compare as compare
 
 # What brings Flax, tokenizers or checkpoint readers with it is imported when first asked for.
 _LAZY = {
     "calibration": ("qjax.calibration", None),
     "calibrate": ("qjax.calibration.calibrate", "calibrate"),
+    "compare": ("qjax.quality.compare", "compare"),
     "linen": ("qjax.linen", None),
     "nnx": ("qjax.nnx", None),
     "models": ("qjax.models", None),
+    "quality": ("qjax.quality", None),
     "load": ("qjax.checkpoints.load", "load"),
     "save": ("qjax.checkpoints.save", "save"),
     "load_tokenizer": ("qjax.models.tokenizer", "load_tokenizer"),

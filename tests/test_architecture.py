@@ -122,8 +122,10 @@ MAY_IMPORT = {
         f"{PRODUCT} qjax.quotient qjax.convert qjax.flax_kernel qjax.linen qjax.nnx qjax.progress qjax.rules qjax.spec",
         "flax",
     ),
+    "qjax.quality.*": Row(f"{PRODUCT} qjax.explain qjax.models qjax.progress", "flax matplotlib"),
     "qjax.cli.*": Row(
-        f"{PUBLIC} qjax.calibration qjax.bench qjax.explain qjax.rules qjax.devices", "rich matplotlib tokenizers"
+        f"{PUBLIC} qjax.calibration qjax.quality qjax.bench qjax.explain qjax.rules qjax.devices",
+        "rich matplotlib tokenizers",
     ),
     # Kernels know nobody.
     "pallas_kernels": Row(),

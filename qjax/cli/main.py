@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import qjax
-from qjax.cli import bench, convert, devices, explain, generate, perplexity, quantize, roofline, tune
+from qjax.cli import bench, compare, convert, devices, explain, generate, perplexity, quantize, roofline, tune
 from qjax.errors import QJaxError
 
 COMMANDS = {
@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": convert,
     "generate": generate,
     "perplexity": perplexity,
+    "compare": compare,
     "explain": explain,
     "devices": devices,
     "roofline": roofline,

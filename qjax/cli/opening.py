@@ -26,6 +26,11 @@ WINDOW = 512  # tokens of a text that are looked at together
 def add_model(parser: argparse.ArgumentParser) -> None:
     """DIR, and how to run what is in it."""
     parser.add_argument("folder", metavar="DIR", help="a checkpoint folder: config.json and safetensors")
+    add_backend_and_dtype(parser)
+
+
+def add_backend_and_dtype(parser: argparse.ArgumentParser) -> None:
+    """How to run a model."""
     parser.add_argument("--backend", help="the kernels to use; default: the fastest for each layer")
     parser.add_argument(
         "--dtype",

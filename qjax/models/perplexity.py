@@ -56,20 +56,15 @@ def perplexity(
     Raises:
       QJaxError: no whole window, or token ids that the model does not have.
     """
-    ids = _check_ids(model, token_ids)
-    windows = min(len(ids) // window, len(ids) if max_windows is None else max_windows)
-    if window < 2 or windows < 1 or batch_size < 1:
-        raise QJaxError(
-            f"{len(ids)} tokens, {window=}, {max_windows=}, {batch_size=}: expected at least one "
-            "window of two or more tokens"
-        )
+    rows = windows_of(model, token_ids, window=window, max_windows=max_windows, batch_size=batch_size)
+    windows = len(rows)
     sums = partial(_sums, *_split(model), *_split(base))
     totals = np.zeros(3)
     for start in range(0, windows, batch_size):
-        rows = ids[start * window : min(start + batch_size, windows) * window].reshape(-1, window)
+        some = rows[start : start + batch_size]
         batch = np.zeros((batch_size, window), np.int32)
-        batch[: len(rows)] = rows  # one shape for all batches; the rows added are not counted
-        totals += np.asarray(sums(batch), np.float64)[:, : len(rows)].sum(axis=1)
+        batch[: len(some)] = some  # one shape for all batches; the rows added are not counted
+        totals += np.asarray(sums(batch), np.float64)[:, : len(some)].sum(axis=1)
     tokens = windows * (window - 1)
     nll, kl, agreed = (totals / tokens).tolist()
     if base is None:
@@ -77,26 +72,65 @@ def perplexity(
     return Perplexity(math.exp(nll), windows, tokens, kl, agreed)
 
 
+def windows_of(
+    model: LanguageModel,
+    token_ids: Sequence[int] | np.ndarray | jax.Array,
+    *,
+    window: int,
+    max_windows: int | None,
+    batch_size: int,
+) -> np.ndarray:
+    """The windows that `perplexity` measures, int32 `[W, window]`.
+
+    Raises:
+      QJaxError: no whole window, or token ids that the model does not have.
+    """
+    ids = _check_ids(model, token_ids)
+    windows = min(len(ids) // max(window, 1), len(ids) if max_windows is None else max_windows)
+    if window < 2 or windows < 1 or batch_size < 1:
+        raise QJaxError(
+            f"{len(ids)} tokens, {window=}, {max_windows=}, {batch_size=}: expected at least one "
+            "window of two or more tokens"
+        )
+    return ids[: windows * window].reshape(windows, window).astype(np.int32)
+
+
+def token_losses(logits: jax.Array, base_logits: jax.Array | None, ids: jax.Array) -> jax.Array:
+    """Negative log-likelihood, KL(base || model) and agreement of each prediction: float32 `[3, B, S - 1]`.
+
+    Args:
+      logits: `[B, S, V]`.
+      base_logits: of the base; without them KL and agreement are 0.
+      ids: `[B, S]`.
+
+    Raises:
+      QJaxError: a base of another vocabulary.
+    """
+
+    def log_probabilities(logits: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
+
+    ours = log_probabilities(logits)
+    nll = -jnp.take_along_axis(ours, ids[:, 1:, None], axis=-1)[..., 0]
+    if base_logits is None:
+        return jnp.stack([nll, jnp.zeros_like(nll), jnp.zeros_like(nll)])
+    theirs = log_probabilities(base_logits)
+    if theirs.shape != ours.shape:
+        raise QJaxError(f"the base has {theirs.shape[-1]} tokens, the model {ours.shape[-1]}")
+    kl = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
+    agreed = (jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)).astype(jnp.float32)
+    return jnp.stack([nll, kl, agreed])
+
+
 @partial(jax.jit, static_argnums=(0, 2))
 def _sums(definition: Any, state: Any, base_definition: Any, base_state: Any, ids: jax.Array) -> jax.Array:
     """Negative log-likelihood, KL and agreement of each window, summed over it: `[3, B]`."""
 
-    def log_probabilities(definition: Any, state: Any) -> jax.Array:
-        if isinstance(definition, nnx.GraphDef):
-            definition = nnx.merge(definition, state)
-        return jax.nn.log_softmax(definition(ids)[:, :-1].astype(jnp.float32), axis=-1)
+    def logits(definition: Any, state: Any) -> jax.Array:
+        return (nnx.merge(definition, state) if isinstance(definition, nnx.GraphDef) else definition)(ids)
 
-    ours = log_probabilities(definition, state)
-    nll = -jnp.take_along_axis(ours, ids[:, 1:, None], axis=-1)[..., 0]
-    if base_definition is None:
-        kl = agreed = jnp.zeros_like(nll)
-    else:
-        theirs = log_probabilities(base_definition, base_state)
-        if theirs.shape != ours.shape:
-            raise QJaxError(f"the base has {theirs.shape[-1]} tokens, the model {ours.shape[-1]}")
-        kl = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
-        agreed = (jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)).astype(jnp.float32)
-    return jnp.stack([nll, kl, agreed]).sum(axis=-1)
+    base = None if base_definition is None else logits(base_definition, base_state)
+    return token_losses(logits(definition, state), base, ids).sum(axis=-1)
 
 
 def _split(model: LanguageModel | None) -> tuple[Any, Any]:

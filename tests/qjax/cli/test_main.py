@@ -69,6 +69,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "convert",
         "generate",
         "perplexity",
+        "compare",
         "explain",
         "devices",
         "roofline",
@@ -112,6 +113,10 @@ ERRORS: list[tuple[list[str], str]] = [
     (["perplexity", "{pylm}", "--text", "{pylm}/generation_config.json"], "expected at least one window"),
     (["perplexity", "{pylm}", "--text", "{pylm}/reference_logits.npz"], "not UTF-8 text at byte"),
     (["perplexity", "{pylm}", "--text", "{pylm}/eval.txt", "--windows", "0"], "max_windows=0"),
+    (["compare", "{pylm}", "{pylm}"], "arguments are required: --text"),
+    (["compare", "{pylm}", "{tmp}", "--text", "{pylm}/eval.txt", "--windows", "1"], "config.json"),
+    (["compare", "{pylm}", "{pylm}", "--text", "/dev/null"], "the text is empty; expected at least one window of 512"),
+    (["compare", "{pylm}", "{pylm}", "--text", "{pylm}/generation_config.json"], "expected at least one window"),
     (["generate", "{pylm}", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
     (["generate", "{pylm}", "--prompt", "x", "--max-new-tokens", "4096"], "exceed the model's 2048 positions"),
 ]
@@ -123,6 +128,23 @@ def test_an_error_is_one_line_and_a_status(
 ) -> None:
     assert message.format(pylm=PYLM) in fail(capsys, *(arg.format(pylm=PYLM, tmp=tmp_path) for arg in argv))
     assert not (tmp_path / "out").exists()
+
+
+def test_compare_prints_layers_and_writes_json_and_a_page(
+    int4: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "deep" / name for name in ("found.json", "found.html")]
+    out = run(capsys, "compare", PYLM, int4, "--text", text, "--json", files[0], "--html", files[1])
+    found = json.loads(files[0].read_text())
+    assert len(found["layers"]) == 28 and f"{found['perplexity']:.5f}" in out
+    assert found["model"] == {"folder": str(int4), "scheme": "w4a16:group_size=128", "bytes": INT4_BYTES}
+    assert found["base"]["scheme"] is None and found["windows"] == 2
+    ids = load_tokenizer(PYLM).encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
+    known = perplexity(load(int4), ids, base=load(PYLM))
+    assert [found[name] for name in ("perplexity", "kl", "top1")] == pytest.approx(
+        [known.perplexity, known.kl, known.top1], rel=1e-5
+    )
+    assert "layers/3/mlp/down_proj" in files[1].read_text(encoding="utf-8")
 
 
 def test_a_bug_is_one_line_too_with_its_class(
