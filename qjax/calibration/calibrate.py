@@ -2,24 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from qjax.calibration import linen_model, nnx_model
 from qjax.calibration.fold import Norms
-from qjax.calibration.layer import Layer, factors_of, quantize_layer
-from qjax.calibration.moments import Statistics, add, measure
-from qjax.calibration.program import Input, Program, trace
+from qjax.calibration.layer import Layer, factors_of, layer_of, quantize_layer
+from qjax.calibration.model import check_batches, subject_of
+from qjax.calibration.moments import Statistics
+from qjax.calibration.program import trace
 from qjax.calibration.recipe import Recipe, as_recipe
-from qjax.calibration.segments import Segment, Stage, Unit, advance, cut, start
+from qjax.calibration.segments import Stage, Unit
 from qjax.calibration.subject import Subject
+from qjax.calibration.walk import unreached, walk
 from qjax.errors import CalibrationError
-from qjax.flax_kernel import KernelLayout, home_of, layout_of, shards_of_k
+from qjax.flax_kernel import KernelLayout, home_of
 from qjax.progress import track
 from qjax.qtensor import QTensor
 from qjax.quantize import quantize_array
@@ -64,37 +63,16 @@ def calibrate(
       NotImplementedError: a layer inside of a construct that is not looked into (while, cond, shard_map).
     """
     recipe = as_recipe(recipe)
-    given = _check_batches(batches, recipe)
-    subject = _subject(model, params, scheme_or_rules, given, apply_options)
+    given = check_batches(batches)
+    if not given and recipe.needs_data:
+        raise CalibrationError(f"recipe {recipe} looks at what enters layers: give at least one batch, got none")
+    subject = subject_of(model, params, scheme_or_rules, given, apply_options)
     run = _Calibration(subject, recipe, partial_groups)
     if recipe.needs_data:
         run.with_data(given, progress)
     else:
         run.without_data(progress)
     return subject.install(run.kernels(), run.norms)
-
-
-def _check_batches(batches: Iterable[Any] | None, recipe: Recipe) -> list[tuple[Any, ...]]:
-    found = [batch if isinstance(batch, tuple) else (batch,) for batch in batches or ()]
-    if not found and recipe.needs_data:
-        raise CalibrationError(f"recipe {recipe} looks at what enters layers: give at least one batch, got none")
-    shapes = [[(np.shape(a), np.dtype(a.dtype).name) for a in jax.tree.leaves(batch)] for batch in found]
-    for number, shape in enumerate(shapes):
-        if shape != shapes[0]:
-            raise CalibrationError(f"batch {number} has {shape}, batch 0 {shapes[0]}: batches have to be of one shape")
-    return found
-
-
-def _subject(
-    model: Any, params: Any, scheme_or_rules: Any, batches: Sequence[tuple[Any, ...]], options: Mapping[str, Any]
-) -> Subject:
-    if isinstance(model, nnx.Module):
-        if params is not None or options:
-            raise CalibrationError(f"params and {sorted(options)} are for a linen module; an nnx one has its own")
-        return nnx_model.subject(model, scheme_or_rules)
-    if params is None:
-        raise CalibrationError(f"{type(model).__name__} is no nnx module; give params= of a linen one")
-    return linen_model.subject(model, params, scheme_or_rules, batches[0] if batches else None, options)
 
 
 @dataclasses.dataclass
@@ -119,8 +97,7 @@ class _Calibration:
 
     def __post_init__(self) -> None:
         self.leaves = list(self.subject.leaves)
-        targets = self.subject.targets.items()
-        self.layouts = {leaf: layout_of(target.path, self.leaves[leaf].shape, target.use) for leaf, target in targets}
+        self.layouts = self.subject.layouts()
 
     def kernels(self) -> dict[int, QTensor]:
         """The QTensor of each kernel, where the kernel was."""
@@ -144,48 +121,19 @@ class _Calibration:
     def with_data(self, batches: list[tuple[Any, ...]], progress: bool | None) -> None:
         """Along the model, every piece of it on all batches."""
         program = trace(self.subject.call, self.leaves, batches[0], self.subject.targets)
-        self._check_reached(program)
-        norms = Norms.of(program)
-        segments = cut(program)
-        frontiers = [start(program, batch) for batch in batches]
-        floats = list(frontiers) if self.recipe.outputs == "float" else None
-        kept: dict[Input, Statistics] = {}
-        for at, segment in enumerate(track(segments, "calibrating", show=progress)):
-            for number in range(len(batches)):
-                seen, frontiers[number] = advance(segment, self.leaves, frontiers[number])
-                aims: dict[Input, jax.Array] = {}
-                if floats is not None:
-                    aims, floats[number] = advance(segment, self.subject.leaves, floats[number])
-                for key, x in seen.items():
-                    one = measure(x, aims.get(key), jnp.int32(number), key.contracted, key.stacked)
-                    kept[key] = add(kept[key], one) if key in kept else one
-            for stage in segment.stages:
-                total = functools.reduce(add, [kept[key] for key in stage.inputs])
-                self._quantize(stage, total, norms)
-            _forget(kept, segments[at + 1 :])
-
-    def _check_reached(self, program: Program) -> None:
-        """Raises for kernels that nothing enters; tables among them are rounded to nearest."""
-        reached = {tap.leaf for tap in program.taps}
-        for leaf, target in self.subject.targets.items():
-            if leaf in reached:
-                continue
-            if not target.is_table:
-                raise CalibrationError(f"{target.path}: no batch reaches this layer; leave it out by a rule")
+        for leaf in unreached(program, self.subject.targets):  # tables are rounded to nearest
             for index in np.ndindex(*self.layouts[leaf].stack):
                 layer = self._layer((leaf, index))
                 self._put((leaf, index), quantize_array(layer.weight, layer.scheme, where=layer.where))
+        norms = Norms.of(program)
+        floats = self.subject.leaves if self.recipe.outputs == "float" else None
+        for stage, statistics in walk(program, batches, self.leaves, floats=floats, progress=progress):
+            self._quantize(stage, statistics, norms)
 
     def _layer(self, unit: Unit) -> Layer:
         leaf, index = unit
         target, kernel = self.subject.targets[leaf], self.subject.leaves[leaf]
-        home, pieces = home_of(kernel), target.rule.k_pieces
-        if home is not None and pieces == 1:
-            pieces = shards_of_k(*home, kernel.shape, target.use)
-        where = f"{target.path}{list(index)}" if index else target.path
-        assert target.rule.scheme is not None, target.path
-        partial = self.partial_groups or target.rule.partial_groups
-        return Layer(where, self.layouts[leaf].matrix(kernel, index), target.rule.scheme, partial, pieces)
+        return layer_of(target, self.layouts[leaf], kernel, index, partial_groups=self.partial_groups)
 
     def _put(self, unit: Unit, w: QTensor, factors: jax.Array | None = None) -> None:
         """Keeps a layer's QTensor, and has the model go on with it; a norm will have divided x by `factors`."""
@@ -203,8 +151,7 @@ class _Calibration:
             units = [(leaf, (*index, *inner)) for leaf, index in stage.units]
             layers = [self._layer(unit) for unit in units]
             one = statistics.at(inner)
-            if (bad := int(one.bad)) >= 0:
-                raise CalibrationError(f"{layers[0].where}: batch {bad} brings NaN or inf to this layer")
+            one.check(layers[0].where)
             for unit, (w, folded) in zip(units, self._scaled(stage, layers, one, norms), strict=True):
                 self._put(unit, w, folded)
 
@@ -234,10 +181,3 @@ class _Calibration:
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantized(w: QTensor, dtype: np.dtype) -> jax.Array:
     return w.dequantize(dtype)
-
-
-def _forget(kept: dict[Input, Statistics], later: Sequence[Segment]) -> None:
-    """Drops what no stage of later segments waits for."""
-    waited = {key for segment in later for stage in segment.stages for key in stage.inputs}
-    for key in [key for key in kept if key not in waited]:
-        del kept[key]

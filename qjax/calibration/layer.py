@@ -13,8 +13,10 @@ from qjax.calibration.hqq import hqq
 from qjax.calibration.moments import Statistics
 from qjax.calibration.recipe import Recipe
 from qjax.calibration.scaling import awq, nearest, smoothquant
+from qjax.calibration.subject import Target
 from qjax.calibration.sweep import descend, factor, gptq
 from qjax.errors import CalibrationError
+from qjax.flax_kernel import KernelLayout, home_of, shards_of_k
 from qjax.qtensor import QTensor
 from qjax.quantize import check_kernel, from_codes, quantize_array, scale_dtype_of
 from qjax.schemes import Scheme
@@ -59,6 +61,27 @@ class Layer:
     def rows(self) -> jax.Array:
         """The weight as float32 `[N, K]`."""
         return self.weight.astype(jnp.float32).T
+
+
+def layer_of(
+    target: Target, layout: KernelLayout, kernel: jax.Array, index: tuple[int, ...], *, partial_groups: bool
+) -> Layer:
+    """One of the matrices in a kernel, with the scheme of the target's rule.
+
+    Args:
+      target: what is to become of the kernel.
+      layout: of the kernel.
+      kernel: as the model has it.
+      index: of the matrix among those that are stacked.
+      partial_groups: also where the rule does not allow them.
+    """
+    home, pieces = home_of(kernel), target.rule.k_pieces
+    if home is not None and pieces == 1:
+        pieces = shards_of_k(*home, kernel.shape, target.use)
+    where = f"{target.path}{list(index)}" if index else target.path
+    assert target.rule.scheme is not None, target.path
+    partial = partial_groups or target.rule.partial_groups
+    return Layer(where, layout.matrix(kernel, index), target.rule.scheme, partial, pieces)
 
 
 def grid_of(layer: Layer, recipe: Recipe) -> Grid:

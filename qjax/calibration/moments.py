@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.calibration.tap import rows
+from qjax.errors import CalibrationError
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +34,15 @@ class Statistics:
     def hessian(self) -> jax.Array:
         """`X'X / T`."""
         return self.gram / self.tokens
+
+    def check(self, where: str) -> None:
+        """Raises for a layer that NaN or infinity enters.
+
+        Raises:
+          CalibrationError: naming `where` and the batch.
+        """
+        if (bad := int(self.bad)) >= 0:
+            raise CalibrationError(f"{where}: batch {bad} brings NaN or inf to this layer")
 
     def at(self, index: tuple[int, ...]) -> "Statistics":
         """Of one of the stacked layers."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from qjax.flax_kernel import KernelUse
+from qjax.flax_kernel import KernelLayout, KernelUse, layout_of
 from qjax.qtensor import QTensor
 from qjax.rules import Rule
 
@@ -43,3 +43,7 @@ class Subject:
     call: Callable[[list[Any], Any], Any]
     targets: Mapping[int, Target]
     install: Callable[[Mapping[int, QTensor], Mapping[int, jax.Array]], Any]
+
+    def layouts(self) -> dict[int, KernelLayout]:
+        """Those of the kernels, by leaf."""
+        return {leaf: layout_of(t.path, self.leaves[leaf].shape, t.use) for leaf, t in self.targets.items()}

@@ -1,7 +1,7 @@
 """`tap`: marks what enters a layer, in the jaxpr of an unmodified model.
 
 A primitive that gives its x back. It stays visible through jit, scan, vmap and remat, and names the kernel by being
-handed it; `qjax.calibration.program` finds it there. It is only ever traced, never run.
+handed it; `qjax.calibration.program` finds it there. Where the model is run as it is, nothing is left of it.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching
+from jax.interpreters import batching, mlir
 
 tap_p = Primitive("qjax_tap")
 
@@ -32,6 +32,9 @@ def tap(x: jax.Array, kernel: jax.Array, contracted: tuple[int, ...], stacked: t
 @tap_p.def_abstract_eval
 def _abstract(x: Any, kernel: Any, **_: Any) -> Any:
     return x
+
+
+mlir.register_lowering(tap_p, lambda _, x, kernel, **__: [x])
 
 
 def _batched(args: Any, dims: Any, *, contracted: tuple[int, ...], stacked: tuple[int, ...]) -> Any:

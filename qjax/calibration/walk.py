@@ -1,0 +1,71 @@
+"""`walk`: a program run piece by piece on all batches, stopping where all that enters some layers is known."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.calibration.moments import Statistics, add, measure
+from qjax.calibration.program import Input, Program
+from qjax.calibration.segments import Segment, Stage, advance, cut, start
+from qjax.calibration.subject import Target
+from qjax.errors import CalibrationError
+from qjax.progress import track
+
+
+def walk(
+    program: Program,
+    batches: Sequence[Any],
+    leaves: Sequence[jax.Array],
+    *,
+    floats: Sequence[jax.Array] | None = None,
+    progress: bool | None = None,
+) -> Iterator[tuple[Stage, Statistics]]:
+    """Every stage of layers with what enters it, summed over all batches, in the order of the model.
+
+    Args:
+      program: the model.
+      batches: each the model's arguments, of one shape.
+      leaves: the params. What changes in them between two stages is what the model goes on with.
+      floats: other params to run the model with at its side, for statistics that compare both.
+      progress: as of `qjax.progress.track`.
+    """
+    segments = cut(program)
+    frontiers = [start(program, batch) for batch in batches]
+    beside = list(frontiers) if floats is not None else None
+    kept: dict[Input, Statistics] = {}
+    for at, segment in enumerate(track(segments, "calibrating", show=progress)):
+        for number in range(len(batches)):
+            seen, frontiers[number] = advance(segment, leaves, frontiers[number])
+            aims: dict[Input, jax.Array] = {}
+            if floats is not None and beside is not None:
+                aims, beside[number] = advance(segment, floats, beside[number])
+            for key, x in seen.items():
+                one = measure(x, aims.get(key), jnp.int32(number), key.contracted, key.stacked)
+                kept[key] = add(kept[key], one) if key in kept else one
+        for stage in segment.stages:
+            yield stage, functools.reduce(add, [kept[key] for key in stage.inputs])
+        _forget(kept, segments[at + 1 :])
+
+
+def unreached(program: Program, targets: Mapping[int, Target]) -> list[int]:
+    """The leaves of tables that are only looked up, so that nothing enters them.
+
+    Raises:
+      CalibrationError: another layer that no batch reaches.
+    """
+    reached = {tap.leaf for tap in program.taps}
+    found = [leaf for leaf in targets if leaf not in reached]
+    for leaf in found:
+        if not targets[leaf].is_table:
+            raise CalibrationError(f"{targets[leaf].path}: no batch reaches this layer; leave it out by a rule")
+    return found
+
+
+def _forget(kept: dict[Input, Statistics], later: Sequence[Segment]) -> None:
+    """Drops what no stage of later segments waits for."""
+    waited = {key for segment in later for stage in segment.stages for key in stage.inputs}
+    for key in [key for key in kept if key not in waited]:
+        del kept[key]
