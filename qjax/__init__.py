@@ -38,11 +38,13 @@ from qjax.schemes import W8A8Int8 as W8A8Int8
 from qjax.schemes import parse_scheme as parse_scheme
 
 if TYPE_CHECKING:
+    from qjax import budget as budget
     from qjax import calibration as calibration
     from qjax import linen as linen
     from qjax import models as models
     from qjax import nnx as nnx
     from qjax import quality as quality
+    from qjax.budget.search import search as search
     from qjax.calibration.calibrate import calibrate as calibrate
     from qjax.checkpoints.load import load as load
     from qjax.checkpoints.save import save as save
@@ -51,8 +53,10 @@ if TYPE_CHECKING:
 
 # What brings Flax, tokenizers or checkpoint readers with it is imported when first asked for.
 _LAZY = {
+    "budget": ("qjax.budget", None),
     "calibration": ("qjax.calibration", None),
     "calibrate": ("qjax.calibration.calibrate", "calibrate"),
+    "search": ("qjax.budget.search", "search"),
     "compare": ("qjax.quality.compare", "compare"),
     "linen": ("qjax.linen", None),
     "nnx": ("qjax.nnx", None),

@@ -122,9 +122,12 @@ MAY_IMPORT = {
         f"{PRODUCT} qjax.quotient qjax.convert qjax.flax_kernel qjax.linen qjax.nnx qjax.progress qjax.rules qjax.spec",
         "flax",
     ),
+    "qjax.budget.*": Row(
+        f"{TENSOR} qjax.calibration qjax.flax_kernel qjax.progress qjax.quantize qjax.rules", "matplotlib scipy"
+    ),
     "qjax.quality.*": Row(f"{PRODUCT} qjax.explain qjax.models qjax.progress", "flax matplotlib"),
     "qjax.cli.*": Row(
-        f"{PUBLIC} qjax.calibration qjax.quality qjax.bench qjax.explain qjax.rules qjax.devices",
+        f"{PUBLIC} qjax.calibration qjax.budget qjax.quality qjax.bench qjax.explain qjax.rules qjax.devices",
         "rich matplotlib tokenizers",
     ),
     # Kernels know nobody.

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import qjax
-from qjax.cli import bench, compare, convert, devices, explain, generate, perplexity, quantize, roofline, tune
+from qjax.cli import bench, compare, convert, devices, explain, generate, perplexity, quantize, roofline, search, tune
 from qjax.errors import QJaxError
 
 COMMANDS = {
     "quantize": quantize,
+    "search": search,
     "convert": convert,
     "generate": generate,
     "perplexity": perplexity,

@@ -6,10 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import qjax
+from qjax.calibration import windows
 from qjax.checkpoints.load import load
 from qjax.errors import QJaxError
 from qjax.explain import layers
+from qjax.models.tokenizer import load_tokenizer
 from qjax.qtensor import is_qtensor
 
 if TYPE_CHECKING:
@@ -54,6 +58,16 @@ def read_text(file: str) -> str:
         return Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise QJaxError(f"{file}: not UTF-8 text at byte {error.start}") from error
+
+
+def read_windows(folder: str, file: str, count: int) -> list[np.ndarray]:
+    """The first windows of a text in a model's tokens, in batches as calibration takes them.
+
+    Raises:
+      CalibrationError: a text of less than one window.
+    """
+    ids = load_tokenizer(folder).encode(read_text(file), add_special_tokens=False)
+    return windows(ids, window=WINDOW, count=count)
 
 
 @contextmanager

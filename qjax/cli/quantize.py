@@ -4,18 +4,15 @@ import argparse
 import time
 from pathlib import Path
 
-import numpy as np
-
 import qjax
-from qjax.calibration import RECIPES, Recipe, parse_recipe, windows
+from qjax.calibration import RECIPES, Recipe, parse_recipe
 from qjax.checkpoints.load import load
 from qjax.checkpoints.save import save
 from qjax.checkpoints.write import check_target
-from qjax.cli.opening import SCHEME_HELP, WINDOW, kernel_bytes, read_text, scheme_names
+from qjax.cli.opening import SCHEME_HELP, WINDOW, kernel_bytes, read_text, read_windows, scheme_names
 from qjax.cli.tables import show
 from qjax.errors import CalibrationError, RuleError
 from qjax.explain import layers
-from qjax.models.tokenizer import load_tokenizer
 from qjax.qtensor import is_qtensor
 from qjax.rules import EVERYTHING, Rule, parse_rules
 
@@ -58,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_target(out, source=args.folder, overwrite=args.overwrite)  # before the work, too
     start = time.perf_counter()
-    batches = None if args.calibrate is None else _batches(args)
+    batches = None if args.calibrate is None else read_windows(args.folder, args.calibrate, args.windows)
     model = load(args.folder)
     before = kernel_bytes(model)
     if recipe is None:
@@ -96,11 +93,6 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
     if recipe is not None and recipe.needs_data and args.calibrate is None:
         raise CalibrationError(f"recipe {recipe} looks at what enters layers: give --calibrate FILE")
     return recipe
-
-
-def _batches(args: argparse.Namespace) -> list[np.ndarray]:
-    ids = load_tokenizer(args.folder).encode(read_text(args.calibrate), add_special_tokens=False)
-    return windows(ids, window=WINDOW, count=args.windows)
 
 
 def _file_rules(file: str | None) -> tuple[Rule, ...]:

@@ -17,6 +17,7 @@ from qjax.errors import QJaxError
 from qjax.explain import layers
 from qjax.models import Tokenizer, load_tokenizer
 from qjax.models.perplexity import perplexity
+from qjax.qtensor import is_qtensor
 
 PYLM = Path(__file__).parents[3] / "examples" / "pylm-4m"
 INT4_BYTES = 1_622_016  # 3,145,728 codes of half a byte, 24,576 float16 scales
@@ -66,6 +67,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in out for name in COMMANDS)
     assert set(COMMANDS) == {
         "quantize",
+        "search",
         "convert",
         "generate",
         "perplexity",
@@ -108,6 +110,12 @@ ERRORS: list[tuple[list[str], str]] = [
         [*"quantize {pylm} {tmp}/out --scheme w4a16 --recipe gptq --calibrate {pylm}/generation_config.json".split()],
         "calibration takes windows of 512",
     ),
+    (["search", "{pylm}", "--calibrate", "{pylm}/calib.txt"], "one of the arguments --budget-bits --budget-bytes"),
+    (["search", "{pylm}", "--calibrate", "{tmp}/none", "--budget-bits", "4"], "No such file"),
+    (
+        [*"search {pylm} --calibrate {pylm}/calib.txt --budget-bits 4 --candidates w9a16".split()],
+        "unknown scheme 'w9a16'",
+    ),
     (["perplexity", "{pylm}", "--text", "{tmp}/none"], "No such file"),
     (["perplexity", "{pylm}", "--text", "{pylm}/config.json", "--tokenizer", "{tmp}"], "tokenizer.json: no such file"),
     (["perplexity", "{pylm}", "--text", "{pylm}/generation_config.json"], "expected at least one window"),
@@ -128,6 +136,22 @@ def test_an_error_is_one_line_and_a_status(
 ) -> None:
     assert message.format(pylm=PYLM) in fail(capsys, *(arg.format(pylm=PYLM, tmp=tmp_path) for arg in argv))
     assert not (tmp_path / "out").exists()
+
+
+def test_search_writes_rules_that_quantize_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rules, found, plot, folder = (tmp_path / name for name in ("rules.txt", "found.json", "front.png", "model"))
+    options = "--windows 1 --candidates w3a16 w8a16 --layers .*/3/.* --together [qkv]_proj --budget-bits 5".split()
+    files = ["--rules", rules, "--json", found, "--plot", plot]
+    out = run(capsys, "search", PYLM, "--calibrate", PYLM / "calib.txt", *options, *files)
+    known = json.loads(found.read_text())
+    assert known["found"]["bits"] <= 5 and f"{known['found']['nbytes']:,}" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    run(capsys, "quantize", PYLM, folder, "--rules", rules)
+    kernels = {layer.path.replace(".", "/"): layer.kernel for layer in layers(load(folder))}
+    schemes = {path: str(w.scheme) for path, w in kernels.items() if is_qtensor(w)}
+    assert schemes == {layer["path"]: layer["scheme"] for layer in known["layers"]} and len(schemes) == 7
+    assert len({schemes[f"layers/3/self_attn/{name}_proj"] for name in "qkv"}) == 1
+    assert sum(kernels[path].nbytes for path in schemes) == known["found"]["nbytes"]
 
 
 def test_compare_prints_layers_and_writes_json_and_a_page(
