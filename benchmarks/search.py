@@ -1,7 +1,7 @@
 """What is a mixture worth? `qjax.search` on pylm-4m at three budgets, to nearest and with GPTQ, beside uniform schemes.
 
-Layers are measured on the first 8 windows of 512 tokens of `calib.txt`, GPTQ calibrates on the first 128; perplexity, KL
-to the base and top-1 agreement as in `accuracy.py`. Prints a row at a time and writes `results/search-<device>.json`.
+Layers are measured on the first 8 windows of 512 tokens of `calib.txt`, GPTQ calibrates on the first 128; perplexity,
+KL to the base and top-1 agreement as in `accuracy.py`. Prints a row at a time, writes `results/search-<device>.json`.
 """
 
 import json
