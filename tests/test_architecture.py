@@ -109,6 +109,7 @@ MAY_IMPORT = {
     "qjax.checkpoints.*": Row(
         f"{TENSOR} qjax.host_layouts qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"
     ),
+    "qjax.models.kv_cache": Row("qjax.activations qjax.schemes"),
     "qjax.models.decode_attention": Row("qjax.dispatch qjax.devices qjax.partition qjax.models"),
     "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress qjax.sharding", "flax tokenizers"),
     "qjax.bench.models": Row(f"qjax {PRODUCT} qjax.nnx qjax.models qjax.sharding qjax.bench", "flax"),

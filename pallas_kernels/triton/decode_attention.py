@@ -7,7 +7,8 @@ Operands
     row        [B, (H + 2 * J) * D]: queries of H heads, then keys and values of J; H is a multiple of J
     cos, sin   float32 [B, D / 2]
     positions  int32 [B]: the token's slot; outside of the cache it is not stored, below 0 the result means nothing
-    keys, values [B, J, T, D] in row's dtype: donated, they come back changed in one slot a row
+    keys, values [B, J, T, D] in row's dtype: donated, they come back changed in one slot a row; or int8, with
+    scales     float32 [B, J, T] of keys and of values: `code * scale`, scale = amax / 127 over D, 1 where that is 0
 
 Work: a program has a row, a key-value head j with its H / J query heads, and one of `shares` parts of the slots that
 the row sees, so that a cache is read once, no further than the row is long, whatever its capacity:
@@ -20,7 +21,8 @@ and no program loads the slot. Few rows and heads would leave most of the chip i
 shares, each gives its own softmax with the logarithm of its sum, and an XLA fusion weighs them together.
 
 Numerics: turned in float32 and rounded to row's dtype, as are the weights of the values; scores, softmax and sums are
-float32 (float32 operands are multiplied as such). Exponentials are powers of two, `ex2.approx`, off by 2 ulp.
+float32 (float32 operands are multiplied as such). Exponentials are powers of two, `ex2.approx`, off by 2 ulp. Codes are
+exact in 16 bits; their scales multiply scores and, before they are rounded, weights. Ties of codes round up.
 """
 
 import dataclasses
@@ -37,7 +39,7 @@ from pallas_kernels.result import result
 
 _COLUMNS = 8  # of the tensor cores' result, at least
 _BLOCK_BYTES = 16384  # of keys in flight a stage, and of values
-_SHORTEST_SHARE = 256  # slots that are worth a program
+_SHORTEST_SHARE = 128  # slots that are worth a program
 _NOTHING = -1e30  # a score of nothing: -inf would turn an empty share into NaN
 
 
@@ -57,8 +59,10 @@ def unsupported(
     """Why this kernel cannot do a layer's attention on such a device, or None."""
     if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
         return f"it takes bfloat16, float16 and float32, not {jnp.dtype(dtype).name}"
-    if jnp.dtype(cache_dtype) != jnp.dtype(dtype):
+    if jnp.dtype(cache_dtype) not in (jnp.dtype(dtype), jnp.int8):
         return f"the cache is {jnp.dtype(cache_dtype).name}, the token {jnp.dtype(dtype).name}"
+    if jnp.dtype(cache_dtype) == jnp.int8 and jnp.dtype(dtype) == jnp.float32:
+        return "codes of a cache become numbers of 16 bits"
     if head_dim % 16 or head_dim > 256:
         return f"heads of {head_dim}: it knows multiples of 16 up to 256"
     if heads % kv_heads or heads // kv_heads > 32:
@@ -71,9 +75,14 @@ def unsupported(
 
 
 def tile_for(batch: int, kv_heads: int, capacity: int, head_dim: int, itemsize: int, sms: int, smem: int) -> Tile:
-    """The tile for a cache `[batch, kv_heads, capacity, head_dim]`: programs for all multiprocessors, no slivers."""
+    """The tile for a cache `[batch, kv_heads, capacity, head_dim]`: programs for all multiprocessors, no slivers.
+
+    Args:
+      itemsize: bytes of a number in registers, decoded.
+      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have.
+    """
     shares = 1
-    while shares * batch * kv_heads < sms and capacity // (2 * shares) >= _SHORTEST_SHARE:
+    while 4 * shares * batch * kv_heads < 3 * sms and capacity // (2 * shares) >= _SHORTEST_SHARE:
         shares *= 2
     block = min(128, max(16, _BLOCK_BYTES // (pl.next_power_of_2(head_dim) * itemsize)))
     return Tile(block, shares, 4, 3 if smem >= 128 * 1024 else 2)
@@ -90,6 +99,7 @@ class _Plan:
     scale: float
     softcap: float | None
     window: int | None
+    coded: bool  # whether the cache holds codes and scales
     tile: Tile
 
     @property
@@ -101,6 +111,13 @@ class _Plan:
     def shape(self) -> tuple[int, int]:
         """Of a head's numbers in registers, padded: a column for each query head."""
         return pl.next_power_of_2(self.head_dim), max(_COLUMNS, pl.next_power_of_2(self.group))
+
+
+def _by_purpose(plan: _Plan, refs: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
+    """Keys, values, results, new keys and new values; where there are scales, each with its own beside it."""
+    count = 4 if plan.coded else 2
+    cache, results, new = refs[:count], refs[count : count + 2], refs[count + 2 :]
+    return cache[::2], cache[1::2], results, new[::2], new[1::2]
 
 
 def _turned(plan: _Plan, ref: Any, row: Any, head: Any, d: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -121,12 +138,24 @@ def _capped(plan: _Plan, scores: jax.Array) -> jax.Array:
     return jnp.tanh(scores * (plan.scale / plan.softcap)) * (plan.softcap * math.log2(math.e))
 
 
-def _kernel(
-    plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref: Any, keys_ref: Any, values_ref: Any,
-    out_ref: Any, sums_ref: Any, new_keys_ref: Any, new_values_ref: Any,
-) -> None:  # fmt: skip
+def _stored(plan: _Plan, refs: tuple[Any, ...], at: tuple[Any, ...], x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Puts the key or value `[D]` of a token into its slot: float32 `[D]` as it will be read there."""
+    d = jnp.arange(plan.shape[0])
+    wide = x.astype(jnp.float32)
+    if not plan.coded:
+        plgpu.store(refs[0].at[*at, d], x, mask=mask & (d < plan.head_dim))
+        return wide
+    largest = jnp.max(jnp.abs(wide), axis=0)
+    scale = jnp.where(largest == 0, jnp.float32(1), largest / 127)
+    codes = jnp.floor(wide / scale + jnp.float32(0.5))
+    plgpu.store(refs[0].at[*at, d], codes.astype(jnp.int8), mask=mask & (d < plan.head_dim))
+    plgpu.store(refs[1].at[*at], scale, mask=mask)
+    return codes * scale
+
+
+def _kernel(plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref: Any, *refs: Any) -> None:
     """One program: see the module's docstring."""
-    tile = plan.tile
+    tile, (of_keys, of_values, (out_ref, sums_ref), of_new_keys, of_new_values) = plan.tile, _by_purpose(plan, refs)
     share, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     position = positions_ref[row]
     d = jnp.arange(plan.shape[0])
@@ -143,14 +172,14 @@ def _kernel(
     at = row_ref.at[row, plan.heads + plan.kv_heads + kv_head, d]
     value = plgpu.load(at, mask=inside, other=jnp.zeros((), row_ref.dtype))
     stored = (share == 0) & (position >= 0) & (position < plan.capacity)
-    for ref, new in ((new_keys_ref, key), (new_values_ref, value)):
-        slot = jnp.clip(position, 0, plan.capacity - 1)
-        plgpu.store(ref.at[row, kv_head, slot, d], new, mask=inside & stored)
+    at = row, kv_head, jnp.clip(position, 0, plan.capacity - 1)
+    key = _stored(plan, of_new_keys, at, key, stored)
+    value = _stored(plan, of_new_values, at, value, stored)
 
-    score = _capped(plan, jnp.sum(queries.astype(jnp.float32) * key.astype(jnp.float32)[:, None], axis=0))
+    score = _capped(plan, jnp.sum(queries.astype(jnp.float32) * key[:, None], axis=0))
     largest = jnp.where(stored, score, jnp.float32(_NOTHING))
     total = jnp.where(stored, jnp.ones_like(score), jnp.float32(0))
-    attended = jnp.where(stored, jnp.broadcast_to(value.astype(jnp.float32)[:, None], plan.shape), jnp.float32(0))
+    attended = jnp.where(stored, jnp.broadcast_to(value[:, None], plan.shape), jnp.float32(0))
 
     # Its share of the slots before.
     end = jnp.clip(position, 0, plan.capacity)
@@ -164,19 +193,24 @@ def _kernel(
     def step(block: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, attended = sums
         first = begin + block * tile.block
-        slots = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        mask = slots < end
+        slots = first + jnp.arange(tile.block)
+        mask = jnp.broadcast_to((slots < end)[:, None], shape)
         mask = mask if plan.head_dim == shape[1] else mask & (columns < plan.head_dim)
         keys, values = (
-            plgpu.load(ref.at[row, kv_head, slots, columns], mask=mask, other=jnp.zeros((), ref.dtype))
-            for ref in (keys_ref, values_ref)
+            plgpu.load(ref.at[row, kv_head, slots[:, None], columns], mask=mask, other=jnp.zeros((), ref.dtype))
+            for ref in (of_keys[0], of_values[0])
         )
-        scores = _capped(plan, plgpu.dot(keys, queries, precision=precision))
-        seen = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < end
-        scores = jnp.where(seen, scores, jnp.float32(_NOTHING))
+        of_slots = [
+            plgpu.load(ref.at[row, kv_head, slots], mask=slots < end, other=jnp.float32(0))[:, None]
+            for ref in (*of_keys[1:], *of_values[1:])
+        ]
+        scores = plgpu.dot(keys.astype(row_ref.dtype), queries, precision=precision)
+        scores = _capped(plan, scores * of_slots[0] if plan.coded else scores)
+        scores = jnp.where((slots < end)[:, None], scores, jnp.float32(_NOTHING))
         now = jnp.maximum(largest, jnp.max(scores, axis=0))
         weights, faded = jnp.exp2(scores - now[None, :]), jnp.exp2(largest - now)
-        part = plgpu.dot(values, weights.astype(values.dtype), trans_a=True, precision=precision)
+        factors = (weights * of_slots[1] if plan.coded else weights).astype(row_ref.dtype)
+        part = plgpu.dot(values.astype(row_ref.dtype), factors, trans_a=True, precision=precision)
         return now, total * faded + jnp.sum(weights, axis=0), attended * faded[None, :] + part
 
     last = jnp.minimum((share + 1) * a_share, blocks)
@@ -205,6 +239,8 @@ def decode_attention(
     positions: jax.Array,
     keys: jax.Array,
     values: jax.Array,
+    key_scale: jax.Array | None = None,
+    value_scale: jax.Array | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -213,7 +249,7 @@ def decode_attention(
     smem: int = 99 * 1024,
     config: dict[str, int] | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Attention of one new token a row, which joins the cache.
 
     Args:
@@ -226,27 +262,27 @@ def decode_attention(
       (others: shapes and dtypes in the module's docstring)
 
     Returns:
-      `([B, H * D] in row's dtype, keys, values)`.
+      `([B, H * D] in row's dtype, keys, values)`, and the scales where there are some.
     """
     batch, kv_heads, capacity, head_dim = keys.shape
     heads = row.shape[1] // head_dim - 2 * kv_heads
-    tile = Tile(**config) if config else tile_for(batch, kv_heads, capacity, head_dim, keys.dtype.itemsize, sms, smem)
-    plan = _Plan(heads, kv_heads, head_dim, capacity, scale, softcap, window, tile)
-    operands = positions, cos, sin, row.reshape(batch, -1, head_dim), keys, values
+    tile = Tile(**config) if config else tile_for(batch, kv_heads, capacity, head_dim, row.dtype.itemsize, sms, smem)
+    plan = _Plan(heads, kv_heads, head_dim, capacity, scale, softcap, window, key_scale is not None, tile)
+    caches = tuple(a for a in (keys, values, key_scale, value_scale) if a is not None)
+    operands = positions, cos, sin, row.reshape(batch, -1, head_dim), *caches
     shape, whole = (tile.shares, batch, heads, head_dim), tile.shares == 1
-    attended, sums, keys, values = pl.pallas_call(
+    attended, sums, *caches = pl.pallas_call(
         functools.partial(_kernel, plan),
         grid=(tile.shares, kv_heads, batch),
         out_shape=(
             result(shape, row.dtype if whole else jnp.float32, *operands),
             result(shape[:3], jnp.float32, *operands),
-            result(keys.shape, keys.dtype, *operands),
-            result(values.shape, values.dtype, *operands),
+            *(result(a.shape, a.dtype, *operands) for a in caches),
         ),
-        input_output_aliases={4: 2, 5: 3},
+        input_output_aliases={4 + i: 2 + i for i in range(len(caches))},
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="qjax_decode_attention",
     )(*operands)
     out = attended[0] if whole else _joined(attended, sums, row.dtype)
-    return out.reshape(batch, -1), keys, values
+    return out.reshape(batch, -1), *caches

@@ -62,8 +62,9 @@ class _Call:
     window: int | None
 
 
-# queries, keys, values, cos, sin, positions, and the cache's two -> attended, and the cache's two
+# queries, keys, values, cos, sin, positions, and the cache's two or four -> attended, and the cache's
 Arrays = tuple[jax.Array, ...]
+_CACHE = 6  # operands before the cache's
 
 
 def decode_attention(
@@ -91,9 +92,9 @@ def decode_attention(
     Returns:
       `[B, 1, H * D]`, and the cache after.
     """
-    operands = queries, keys, values, cos, sin, positions, cache.keys, cache.values
-    attended, keys, values = _batchable(_Call(scale, softcap, window))(*operands)
-    return attended, LayerCache(keys, values)
+    operands = queries, keys, values, cos, sin, positions, *jax.tree.leaves(cache)
+    attended, *after = _batchable(_Call(scale, softcap, window))(*operands)
+    return attended, LayerCache(*after)
 
 
 @functools.cache
@@ -104,33 +105,37 @@ def _batchable(call: _Call) -> Any:
         assert kind != AxisType.Explicit, "Llama's methods treat Explicit axes as Auto ones"
         if kind == AxisType.Manual:
             return _local(call, *operands)
-        return _auto(call, operands[0].shape[-1] // operands[1].shape[-1], operands[-1].shape)(*operands)
+        return _auto(
+            call, operands[0].shape[-1] // operands[1].shape[-1], operands[_CACHE].shape, len(operands) - _CACHE
+        )(*operands)
 
     @attend.def_vmap
     def batched(size: int, in_batched: list[bool], *operands: jax.Array) -> tuple[Arrays, tuple[bool, ...]]:
         del size
         axes = [0 if is_batched else None for is_batched in in_batched]
-        return jax.vmap(functools.partial(_local, call), in_axes=axes)(*operands), (True,) * 3
+        return jax.vmap(functools.partial(_local, call), in_axes=axes)(*operands), (True,) * (
+            len(operands) - _CACHE + 1
+        )
 
     return attend
 
 
 def _local(call: _Call, *operands: jax.Array) -> Arrays:
     """The arrays at hand."""
-    queries, keys, values, *angles_and_positions, cached_keys, cached_values = operands
+    queries, keys, values, *angles_and_positions = operands[:_CACHE]
     module, device = load_if_present(KERNEL), devices.current()
     assert module is not None, "the caller has asked plain_because"
     row = jnp.concatenate([queries, keys, values], axis=-1)  # XLA sees through it where they are slices of one product
     attended, *cache = module.decode_attention(
-        row[:, 0], *(a[:, 0] for a in angles_and_positions), cached_keys, cached_values,
+        row[:, 0], *(a[:, 0] for a in angles_and_positions), *operands[_CACHE:],
         **dataclasses.asdict(call), sms=device.sms, smem=device.shared.smem_block,
     )  # fmt: skip
     return attended[:, None], *cache
 
 
 @functools.cache
-def _auto(call: _Call, group: int, cache: tuple[int, ...]) -> Any:
-    """Under XLA's partitioner, for `group` query heads to each head of a cache of this shape."""
+def _auto(call: _Call, group: int, cache: tuple[int, ...], arrays: int) -> Any:
+    """Under XLA's partitioner, for `group` query heads to each head of a cache of this shape, in two arrays or four."""
 
     def whole(*operands: jax.Array) -> Arrays:
         return _local(call, *operands)
@@ -139,20 +144,22 @@ def _auto(call: _Call, group: int, cache: tuple[int, ...]) -> Any:
         del results
         batch, heads = (
             names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
-            for names, size in zip(entries(arguments[-1].sharding.spec, 4), cache[:2], strict=False)
+            for names, size in zip(entries(arguments[_CACHE].sharding.spec, 4), cache[:2], strict=False)
         )
         b, j = batch or None, heads or None
         by_head, by_row, slots = PartitionSpec(b, None, j), PartitionSpec(b), PartitionSpec(b, j)
-        specs = (by_head, by_head, by_head, by_row, by_row, by_row, slots, slots)
+        specs = (by_head, by_head, by_head, by_row, by_row, by_row, *(slots,) * arrays)
         placed = tuple(NamedSharding(mesh, spec) for spec in specs)
-        return mesh, off_mesh(functools.partial(_local, call)), (placed[0], *placed[-2:]), placed
+        return mesh, off_mesh(functools.partial(_local, call)), (placed[0], *placed[_CACHE:]), placed
 
     _, kv_heads, _, head_dim = cache
     queries = ArrayMapping("b", "s", CompoundFactor("j", "g", "d"))
     token, angle = ArrayMapping("b", "s", CompoundFactor("j", "d")), ArrayMapping("b", "s", "half")
     slots = ArrayMapping("b", "j", "t", "d")
-    operands = (queries, token, token, angle, angle, ArrayMapping("b", "s"), slots, slots)
-    rule = SdyShardingRule(operands, (queries, slots, slots), g=group)
+    scales = ArrayMapping("b", "j", "t")
+    after = (slots, slots, scales, scales)[:arrays]
+    operands = (queries, token, token, angle, angle, ArrayMapping("b", "s"), *after)
+    rule = SdyShardingRule(operands, (queries, *after), g=group)
     partitioned = custom_partitioning(whole)
     partitioned.def_partition(partition, sharding_rule=rule)
     return partitioned

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from qjax.errors import GenerationError
 from qjax.models.kv_cache import KVCache
@@ -45,6 +46,7 @@ def generate(
     top_p: float | None = None,
     stop_tokens: Sequence[int] = (),
     seed: int | jax.Array = 0,
+    cache_dtype: DTypeLike | None = None,
     callback: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens.
@@ -58,6 +60,7 @@ def generate(
       top_p: of those, draw from the fewest whose probabilities reach `top_p`.
       stop_tokens: tokens that end a row, and are its last.
       seed: an int or a key of `jax.random`.
+      cache_dtype: "int8" holds keys and values of past tokens in 8 bits; the model's dtype by default.
       callback: called with (row, token) for each new token, in blocks of up to eight.
 
     Returns:
@@ -69,6 +72,7 @@ def generate(
     """
     rows = _check_prompts(prompts, model.config.vocab_size)
     sampling = _check_sampling(temperature, top_k, top_p, seed)
+    kept = _check_cache(cache_dtype, model.dtype)
     longest = _check_lengths(rows, max_new_tokens, model.config.max_positions)
     ids, positions = _pad(rows, min(bucket(longest), model.config.max_positions))
     capacity = min(bucket(longest + max_new_tokens), model.config.max_positions)
@@ -88,7 +92,7 @@ def generate(
                     if token in stops:
                         running.discard(row)
 
-    first, cache = prefill(definition, state, ids, positions, sampling, capacity=capacity)
+    first, cache = prefill(definition, state, ids, positions, sampling, capacity=capacity, cache_dtype=kept)
     block, step = first[None], 1
     while step < max_new_tokens:
         # Dispatched before the host waits for the tokens it continues: the device never idles.
@@ -114,10 +118,11 @@ def _prefill(
     sampling: Sampling | None,
     *,
     capacity: int,
+    cache_dtype: np.dtype | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Prompts `[B, S]` -> their first new tokens `[B]`, and a cache of `capacity` slots a row."""
     model = nnx.merge(definition, state)
-    hidden, cache = model.hidden_states(ids, model.empty_cache(len(ids), capacity), positions)
+    hidden, cache = model.hidden_states(ids, model.empty_cache(len(ids), capacity, cache_dtype), positions)
     last = jnp.argmax(positions, axis=1)[:, None, None]
     logits = model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
     return pick(logits, sampling, 0), cache
@@ -149,7 +154,7 @@ def _decode(
     return new, cache
 
 
-prefill = jax.jit(_prefill, static_argnums=0, static_argnames="capacity")
+prefill = jax.jit(_prefill, static_argnums=0, static_argnames=("capacity", "cache_dtype"))
 decode = jax.jit(_decode, static_argnums=0, static_argnames="count", donate_argnums=3)
 
 
@@ -220,6 +225,13 @@ def _check_sampling(
         top_k=None if top_k is None else jnp.int32(top_k),
         top_p=None if top_p is None else jnp.float32(top_p),
     )
+
+
+def _check_cache(dtype: DTypeLike | None, own: np.dtype) -> np.dtype:
+    found = own if dtype is None else np.dtype(dtype)
+    if found not in (own, np.dtype(np.int8)):
+        raise GenerationError(f"cache_dtype={found}; a cache is int8 or as the model's activations, {own}")
+    return found
 
 
 def _pad(rows: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -142,7 +142,7 @@ class Attention(nnx.Module):
         key_positions = positions
         if cache is not None:
             cache = cache.store(keys, values, positions)
-            keys, values = cache.keys, cache.values
+            keys, values = cache.read(x.dtype)
             key_positions = jnp.arange(keys.shape[2])[None, :]
         mask = causal_mask(positions, key_positions, self.window)
         attended = attend(queries, keys, values, mask, scale=self.scale, softcap=self.softcap)
@@ -343,15 +343,15 @@ class Llama(nnx.Module):
         with self._precision():
             return soft_capped(head(hidden).astype(jnp.float32), self.config.logit_softcap)
 
-    def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache for `batch` rows of up to `capacity` tokens."""
+    def empty_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KVCache:
+        """A cache for `batch` rows of up to `capacity` tokens; `dtype` is the model's, or int8."""
         return KVCache.zeros(
             layers=self.config.num_hidden_layers,
             batch=batch,
             capacity=capacity,
             kv_heads=self.config.num_key_value_heads,
             head_dim=self.config.head_dim,
-            dtype=self.dtype,
+            dtype=self.dtype if dtype is None else dtype,
         )
 
     def _precision(self) -> AbstractContextManager[None]:

@@ -75,6 +75,27 @@ def test_a_head_need_not_be_a_power_of_two():
     check(operands(4, 2, 48, "bfloat16", POSITIONS), 2, scale=0.15)
 
 
+@pytest.mark.parametrize("shares", [1, 2])
+def test_codes_and_scales_are_read_and_the_new_token_becomes_some(shares):
+    row, cos, sin, positions, keys, values = operands(8, 2, 16, "bfloat16", POSITIONS)
+    scales = [jnp.max(jnp.abs(a), axis=-1).astype(jnp.float32) / 127 for a in (keys, values)]
+    codes = [
+        jnp.round(a.astype(jnp.float32) / scale[..., None]).astype(jnp.int8)
+        for a, scale in zip((keys, values), scales, strict=True)
+    ]
+    options = dict(scale=0.3, config={**SHARES, "shares": shares}, interpret=True)
+    out, *after = decode_attention(row, cos, sin, positions, *codes, *scales, **options)
+    known = [
+        (a.astype(jnp.float32) * scale[..., None]).astype(jnp.float32) for a, scale in zip(codes, scales, strict=True)
+    ]
+    expected, keys, values = exact(row, cos, sin, positions, *known, scale=0.3)
+    assert [a.dtype for a in after] == [jnp.int8, jnp.int8, jnp.float32, jnp.float32]
+    for a, scale, whole in zip(after[:2], after[2:], (keys, values), strict=True):
+        steps = np.abs(np.asarray(a, np.float64) * np.asarray(scale)[..., None] - whole) / np.asarray(scale)[..., None]
+        assert steps.max() < 0.51
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=0.03)
+
+
 def test_what_lies_past_a_row_is_not_read():
     given = operands(4, 2, 16, "float32", (5, 20))
     past = jnp.arange(CAPACITY)[None, None, :, None] >= given[3][:, None, None, None]
@@ -105,9 +126,9 @@ def test_programs_fill_the_multiprocessors_and_no_share_is_a_sliver():
     def shares(batch: int, kv_heads: int, capacity: int) -> int:
         return tile_for(batch, kv_heads, capacity, 128, 2, 132, 227 * 1024).shares
 
-    assert shares(1, 32, 256) == 1
-    assert shares(1, 32, 4096) * 32 >= 132
-    assert shares(1, 8, 8192) * 8 >= 132
+    assert shares(1, 32, 128) == 1
+    assert shares(1, 32, 4096) * 32 == 128
+    assert shares(1, 8, 8192) * 8 == 128
     assert shares(16, 32, 4096) == 1
 
 
@@ -117,6 +138,7 @@ def test_programs_fill_the_multiprocessors_and_no_share_is_a_sliver():
         ({"head_dim": 40}, "heads of 40"),
         ({"dtype": "float64"}, "not float64"),
         ({"cache_dtype": "float32"}, "the cache is float32"),
+        ({"cache_dtype": "int8", "dtype": "float32"}, "numbers of 16 bits"),
         ({"heads": 100}, "100 query heads to 1"),
         ({"cc": 75}, "capability 7.5"),
     ],
