@@ -66,12 +66,36 @@ def by_scheme(records: Records) -> str:
     return _by_scheme(records, "auto", parse_rows(MAIN_ROWS))
 
 
+def by_rows(records: Records) -> str:
+    """int4 in groups of 128 at every number of rows: Hopper's kernels and Triton's, whichever dispatch would choose."""
+    (scheme,) = parse_schemes("w4a16")
+    shapes = parse_shapes(MAIN_SHAPES)
+    lines = [
+        [
+            str(m),
+            *(
+                cell(records, scheme=str(scheme), backend=backend, m=m, n=n, k=k)
+                for n, k in shapes
+                for backend in ("mosaic", "triton")
+            ),
+        ]
+        for m in parse_rows(ROWS)
+    ]
+    heads = [f"{n}x{k}, {backend}" for n, k in shapes for backend in ("mosaic", "triton")]
+    return table(["M", *heads], lines)
+
+
 def triton(records: Records) -> str:
     """Every scheme on the Triton kernels, whichever kernel dispatch would choose."""
     return _by_scheme(records, "triton", parse_rows(ROWS))
 
 
-TABLES: dict[str, Callable[[Records], str]] = {"by-shape": by_shape, "by-scheme": by_scheme, "triton": triton}
+TABLES: dict[str, Callable[[Records], str]] = {
+    "by-shape": by_shape,
+    "by-scheme": by_scheme,
+    "by-rows": by_rows,
+    "triton": triton,
+}
 
 
 KERNELS = "kernels"
