@@ -38,7 +38,10 @@ RUNS = 5
 
 @dataclasses.dataclass(frozen=True)
 class DecodeCase:
-    """One measurement: `batch` rows of `prompt` tokens each, then `STEPS` more. Scheme None is dense."""
+    """One measurement: `batch` rows of `prompt` tokens each, then `STEPS` more. Scheme None is dense.
+
+    `cache` is the dtype of keys and values of past tokens, None being the model's own.
+    """
 
     model: str
     scheme: Scheme | None
@@ -46,12 +49,13 @@ class DecodeCase:
     batch: int
     prompt: int
     gpus: int
+    cache: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What its record is found by."""
         name = "dense" if self.scheme is None else str(self.scheme)
-        return "decode", self.model, name, self.backend, self.batch, self.prompt, self.gpus
+        return "decode", self.model, name, self.backend, self.cache or "dense", self.batch, self.prompt, self.gpus
 
 
 def decode_cases(
@@ -62,11 +66,12 @@ def decode_cases(
     *,
     backend: str = "auto",
     gpus: int = 1,
+    cache: str | None = None,
 ) -> list[DecodeCase]:
-    """Every combination; of each model the dense one first, then scheme by scheme."""
+    """Every combination; of each model the dense one first, with a dense cache, then scheme by scheme."""
     sizes = list(itertools.product(batches, prompts))
     return [
-        DecodeCase(model, scheme, backend, batch, prompt, gpus)
+        DecodeCase(model, scheme, backend, batch, prompt, gpus, None if scheme is None else cache)
         for model in models
         for scheme in (None, *schemes)
         for batch, prompt in sizes
@@ -156,7 +161,7 @@ def _measure(case: DecodeCase, subject: Subject, results: Results, steps: int, r
     positions = np.broadcast_to(np.arange(case.prompt, dtype=np.int32), ids.shape)
     with qjax.use(backend=case.backend):
         arguments = (subject.definition, subject.state, ids, positions, None)
-        read = prefill.lower(*arguments, capacity=capacity).compile()
+        read = prefill.lower(*arguments, capacity=capacity, cache_dtype=case.cache).compile()
         first, cache = jax.block_until_ready(read(*arguments[1:]))
         write = decode.lower(*arguments[:2], first, cache, None, 1, count=steps).compile()
     ttft = _median(lambda: read(*arguments[1:]), runs)
@@ -199,7 +204,7 @@ def _measure(case: DecodeCase, subject: Subject, results: Results, steps: int, r
 
 def _beside(record: Record, case: DecodeCase) -> bool:
     """Whether a record is the dense one of the same size."""
-    like = dataclasses.replace(case, scheme=None, backend=record["backend"])
+    like = dataclasses.replace(case, scheme=None, cache=None, backend=record["backend"])
     return case.scheme is not None and tuple(record[name] for name in KEYS["decode"]) == like.key
 
 

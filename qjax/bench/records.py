@@ -19,7 +19,7 @@ Key = tuple[Any, ...]
 # What a record is found by, for each `op`.
 KEYS = {
     "gemm": ("op", "scheme", "backend", "m", "n", "k"),
-    "decode": ("op", "model", "scheme", "backend", "batch", "prompt", "gpus"),
+    "decode": ("op", "model", "scheme", "backend", "cache", "batch", "prompt", "gpus"),
 }
 SAME = ("device", "jax", "jaxlib")  # what measurements of one file have in common, besides the revision
 

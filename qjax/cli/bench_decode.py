@@ -13,7 +13,7 @@ from qjax.cli.tables import show
 HELP = "measure how fast models write text, each scheme beside the dense model"
 
 COLUMNS = (
-    "model", "scheme", "backend", "gpus", "batch", "prompt", "tok/s", "of dense", "step us", "bandwidth",
+    "model", "scheme", "backend", "cache", "gpus", "batch", "prompt", "tok/s", "of dense", "step us", "bandwidth",
     "first token ms", "weights GB", "peak GB",
 )  # fmt: skip
 NOTES = (
@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schemes", metavar="S,...", default="w4a16,w8a16,fp8", help="default: %(default)s")
     parser.add_argument("--backend", default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--cache", choices=("dense", "int8"), default="dense", help="of past tokens; default: %(default)s"
+    )
     parser.add_argument("--batches", metavar="B,...", default="1,16,64", help="rows; default: %(default)s")
     parser.add_argument("--prompts", metavar="T,...", default="512", help="tokens of each prompt; default: %(default)s")
     parser.add_argument("--gpus", type=int, default=1, help="cut the model over so many; default: %(default)s")
@@ -45,14 +48,15 @@ def run(args: argparse.Namespace, results: Results) -> None:
     sizes = [cases.parse_rows(args.batches), cases.parse_rows(args.prompts)]
     (backend,) = cases.parse_backends(args.backend)
     models = [name.strip() for name in args.models.split(",")]
-    wanted = decode_cases(models, cases.parse_schemes(args.schemes), *sizes, backend=backend, gpus=args.gpus)
+    schemes, cache = cases.parse_schemes(args.schemes), None if args.cache == "dense" else args.cache
+    wanted = decode_cases(models, schemes, *sizes, backend=backend, gpus=args.gpus, cache=cache)
     bench_decode(wanted, results, steps=args.steps, runs=RUNS, budget=args.limit, report=_tell)
     keys = {case.key for case in wanted}
     records = [record for record in results if key_of(record) in keys]
     notes = [*NOTES, *(f"not measured: {one['model']} {one['scheme']}: {one['error']}" for one in results.failures)]
     machine = results.machine
     title = f"{machine['device']}: {machine['bandwidth'] / 1e9:.0f} GB/s copied, jax {machine['jax']}"
-    show(COLUMNS, map(_cells, records), title=title, right=COLUMNS[3:], notes=notes)
+    show(COLUMNS, map(_cells, records), title=title, right=COLUMNS[4:], notes=notes)
     if args.explain:
         for record in records:
             if record["kernels"]:
@@ -72,6 +76,7 @@ def _cells(record: Record) -> tuple[Any, ...]:
         record["model"],
         record["scheme"],
         record["backend"],
+        record["cache"],
         record["gpus"],
         record["batch"],
         record["prompt"],

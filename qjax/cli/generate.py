@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--top-k", type=int, help="draw from the so many likeliest tokens")
     parser.add_argument("--top-p", type=float, help="of those, from the fewest whose probabilities reach this")
+    parser.add_argument(
+        "--cache", choices=("dense", "int8"), default="dense", help="of past tokens; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
 
@@ -37,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
                 model,
                 [prompt],
                 max_new_tokens=args.max_new_tokens,
+                cache_dtype=None if args.cache == "dense" else args.cache,
                 temperature=args.temperature,
                 top_k=args.top_k,
                 top_p=args.top_p,

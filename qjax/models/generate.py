@@ -118,7 +118,7 @@ def _prefill(
     sampling: Sampling | None,
     *,
     capacity: int,
-    cache_dtype: np.dtype | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Prompts `[B, S]` -> their first new tokens `[B]`, and a cache of `capacity` slots a row."""
     model = nnx.merge(definition, state)

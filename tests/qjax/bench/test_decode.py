@@ -89,6 +89,15 @@ def test_records_stand_beside_the_dense_model_and_a_run_goes_on(tmp_path) -> Non
     assert told == []
 
 
+def test_an_int8_cache_is_measured_beside_a_dense_model_with_its_own(tmp_path) -> None:
+    results = Results(tmp_path / "decode.json", MACHINE, "abc")
+    assert bench_decode(decode_cases(["tiny"], [W8A16()], [1], [8], cache="int8"), results, steps=4, runs=2)
+    dense, coded = results
+    assert (dense["cache"], coded["cache"]) == ("dense", "int8")
+    assert coded["dense_tok_s"] == dense["tok_s"]
+    assert coded["cache_bytes"] == 2 * (8 + 4) * 2 * (64 + 4) + 4  # keys, values, each with a scale; lengths
+
+
 def test_a_step_reads_kernels_and_head_but_not_the_embedding() -> None:
     (case, _) = decode_cases(["tiny"], [W8A16()], [1], [8])
     subject = Subject.of(case)

@@ -148,6 +148,11 @@ def test_a_bucket_is_the_next_power_of_two(length):
         ([[1], [1] * 60], {"max_new_tokens": 5}, "prompt 1: 60 tokens.*room for new tokens: 4"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
+        (
+            [[1]],
+            {"cache_dtype": "bfloat16"},
+            "cache_dtype=bfloat16; a cache is int8 or as the model's activations, float32",
+        ),
         ([[1]], {"temperature": float("nan")}, "temperature=nan"),
         ([[1]], {"top_k": 0}, "top_k=0"),
         ([[1]], {"top_p": 0.0}, "top_p=0.0"),

@@ -104,6 +104,26 @@ def test_rms_norm_squares_in_float32():
     np.testing.assert_array_equal(norm(large), np.ones((1, 4), np.float16))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 96), (1, 1, 50), (2, 96)], ids=["in parts", "whole", "two rows"])
+def test_rms_norm_of_one_row_in_parts_is_that_of_many(shape):
+    x = jax.random.normal(jax.random.key(0), shape) * 5
+    wide = np.asarray(x, np.float64)
+    expected = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
+    norm = RMSNorm(shape[-1], epsilon=1e-6, param_dtype=jnp.float32)
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-6)
+
+
+def test_codes_of_a_cache_are_within_half_a_step_and_padding_is_not_stored(small):
+    keys, values = jax.random.normal(jax.random.key(0), (2, 1, 1, 3, 8))
+    empty = small.empty_cache(1, 4, "int8").layers[0]
+    layer = empty.store(keys, values, jnp.array([[2, 0, -1]]))
+    assert layer.keys.dtype == layer.values.dtype == jnp.int8
+    for read, written in zip(layer.read(jnp.float32), (keys, values), strict=True):
+        step = np.abs(written).max(axis=-1, keepdims=True) / 127
+        assert np.all(np.abs(read[:, :, [2, 0]] - written[:, :, :2]) <= 0.501 * step[:, :, :2])
+        np.testing.assert_array_equal(read[:, :, [1, 3]], np.zeros((1, 1, 2, 8)))
+
+
 def test_a_window_of_three_shows_a_query_itself_and_two_before():
     mask = causal_mask(jnp.array([[4]]), jnp.array([[0, 1, 2, 3, 4, 5, -1]]), 3)
     np.testing.assert_array_equal(mask[0, 0], [False, False, True, True, True, False, False])
