@@ -18,7 +18,7 @@ the row sees, so that a cache is read once, no further than the row is long, wha
 
 The new key and value are never read from the cache: the program that stores them starts its sums from their registers,
 and no program loads the slot. Few rows and heads would leave most of the chip idle: then a row's slots are cut into
-shares, each gives its own softmax with the logarithm of its sum, and an XLA fusion weighs them together.
+shares, each gives its own softmax with the logarithm of its sum, and a small kernel weighs them together.
 
 Numerics: turned in float32 and rounded to row's dtype, as are the weights of the values; scores, softmax and sums are
 float32 (float32 operands are multiplied as such). Exponentials are powers of two, `ex2.approx`, off by 2 ulp. Codes are
@@ -53,16 +53,17 @@ class Tile:
     stages: int
 
 
-def unsupported(
-    *, heads: int, kv_heads: int, head_dim: int, dtype: Any, cache_dtype: Any, smem: int, cc: int, **_: Any
-) -> str | None:
-    """Why this kernel cannot do a layer's attention on such a device, or None."""
+def unsupported(*, heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: Any, smem: int, cc: int) -> str | None:
+    """Why this kernel cannot do a layer's attention, over a cache of that shape, on such a device, or None."""
+    kv_heads, head_dim = cache[1], cache[3]
     if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
         return f"it takes bfloat16, float16 and float32, not {jnp.dtype(dtype).name}"
     if jnp.dtype(cache_dtype) not in (jnp.dtype(dtype), jnp.int8):
         return f"the cache is {jnp.dtype(cache_dtype).name}, the token {jnp.dtype(dtype).name}"
     if jnp.dtype(cache_dtype) == jnp.int8 and jnp.dtype(dtype) == jnp.float32:
         return "codes of a cache become numbers of 16 bits"
+    if jnp.dtype(cache_dtype) == jnp.int8 and math.prod(cache) > 2**31:
+        return f"a cache of {math.prod(cache)} codes: offsets of bytes have 32 bits"
     if head_dim % 16 or head_dim > 256:
         return f"heads of {head_dim}: it knows multiples of 16 up to 256"
     if heads % kv_heads or heads // kv_heads > 32:
@@ -224,12 +225,29 @@ def _kernel(plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref
     plgpu.store(sums_ref.at[share, row, heads], largest + jnp.log2(total), mask=real)
 
 
-def _joined(attended: jax.Array, sums: jax.Array, dtype: Any) -> jax.Array:
-    """Shares `[S, B, H, D]` whose softmaxes have the sums `2^sums` `[S, B, H]` -> `[B, H, D]`."""
-    largest = functools.reduce(jnp.maximum, sums)  # one by one: XLA would make kernels of their own of reductions
-    weights = [jnp.exp2(a - largest)[..., None] for a in sums]
-    weighed = [weight * part for weight, part in zip(weights, attended, strict=True)]
-    return (functools.reduce(jnp.add, weighed) / functools.reduce(jnp.add, weights)).astype(dtype)
+def _join_kernel(head_dim: int, shares: int, parts_ref: Any, sums_ref: Any, out_ref: Any) -> None:
+    """A row's head from its shares, whose softmaxes have the sums `2^sums`."""
+    row, head = pl.program_id(0), pl.program_id(1)
+    share, d = jnp.arange(pl.next_power_of_2(shares)), jnp.arange(pl.next_power_of_2(head_dim))
+    sums = plgpu.load(sums_ref.at[share, row, head], mask=share < shares, other=jnp.float32(_NOTHING))
+    weights = jnp.exp2(sums - jnp.max(sums, axis=0))
+    mask = (share < shares)[:, None] & (d < head_dim)[None, :]
+    parts = plgpu.load(parts_ref.at[share[:, None], row, head, d[None, :]], mask=mask, other=jnp.float32(0))
+    joined = jnp.sum(weights[:, None] * parts, axis=0) / jnp.sum(weights, axis=0)
+    plgpu.store(out_ref.at[row, head, d], joined.astype(out_ref.dtype), mask=d < head_dim)
+
+
+def _joined(attended: jax.Array, sums: jax.Array, dtype: Any, interpret: bool) -> jax.Array:
+    """Shares `[S, B, H, D]` and their sums `[S, B, H]` -> `[B, H, D]`."""
+    shares, batch, heads, head_dim = attended.shape
+    return pl.pallas_call(
+        functools.partial(_join_kernel, head_dim, shares),
+        grid=(batch, heads),
+        out_shape=result((batch, heads, head_dim), dtype, attended, sums),
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpret,
+        name="qjax_join_shares",
+    )(attended, sums)
 
 
 def decode_attention(
@@ -284,5 +302,5 @@ def decode_attention(
         interpret=interpret,
         name="qjax_decode_attention",
     )(*operands)
-    out = attended[0] if whole else _joined(attended, sums, row.dtype)
+    out = attended[0] if whole else _joined(attended, sums, row.dtype, interpret)
     return out.reshape(batch, -1), *caches

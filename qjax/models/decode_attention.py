@@ -46,9 +46,8 @@ def plain_because(length: int, heads: int, dtype: Any, cache: LayerCache | None)
     module = load_if_present(KERNEL)
     if module is None:
         return f"{KERNEL.module} is absent or does not import"
-    _, kv_heads, _, head_dim = cache.keys.shape
     return module.unsupported(
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, cache_dtype=cache.keys.dtype,
+        heads=heads, cache=cache.keys.shape, dtype=dtype, cache_dtype=cache.keys.dtype,
         smem=device.shared.smem_block, cc=device.cc,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ if reason := missing():
 pytestmark = pytest.mark.slow
 
 DEVICES = ("A100", "L4", "H200", "B200")
-CASES = ("llama-2-7b", "llama-3-8b", "gemma-2-9b", "odd heads", "many queries", "float32")
+CASES = ("llama-2-7b", "llama-3-8b", "gemma-2-9b", "odd heads", "many queries", "int8 cache", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -135,16 +135,17 @@ def test_programs_fill_the_multiprocessors_and_no_share_is_a_sliver():
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"head_dim": 40}, "heads of 40"),
+        ({"cache": (1, 1, 64, 40)}, "heads of 40"),
         ({"dtype": "float64"}, "not float64"),
         ({"cache_dtype": "float32"}, "the cache is float32"),
         ({"cache_dtype": "int8", "dtype": "float32"}, "numbers of 16 bits"),
         ({"heads": 100}, "100 query heads to 1"),
+        ({"cache_dtype": "int8", "cache": (64, 32, 16384, 128)}, "4294967296 codes"),
         ({"cc": 75}, "capability 7.5"),
     ],
     ids=str,
 )
 def test_what_it_cannot_do_it_says(changed, why):
-    facts = dict(heads=8, kv_heads=1, head_dim=128, dtype="bfloat16", cache_dtype="bfloat16", smem=232448, cc=90)
+    facts = dict(heads=8, cache=(1, 1, 64, 128), dtype="bfloat16", cache_dtype="bfloat16", smem=232448, cc=90)
     assert unsupported(**facts) is None
     assert why in unsupported(**(facts | changed))
