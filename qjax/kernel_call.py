@@ -45,7 +45,7 @@ def features_of(w: QTensor) -> frozenset[str]:
     if isinstance(w.scale, QTensor):
         found.add("nested_scale")
     if _padded_pieces(w) > 1:
-        found.add("padded_pieces")
+        found.add("pieces_cut_groups" if w.k_piece[1] % (w.scheme.block[1] or 1) else "padded_pieces")
     return frozenset(found)
 
 
@@ -194,15 +194,16 @@ def in_padded_pieces(arrays: _Arrays, w: QTensor, transposed: bool) -> _Arrays:
     if pieces == 1:
         return arrays
     assert arrays.x_scale is None or arrays.x_scale.shape[-1] == 1, "blocks of x would straddle pieces"
+    assert piece % (w.scheme.block[1] or 1) == 0, (w.scheme, w.k_piece)
 
-    def pad(a: jax.Array, unit: int) -> jax.Array:
-        """Pads each piece of `a`'s last axis, of which one element stands for `unit` of K."""
+    def pad(a: jax.Array, unit: int, mode: str = "edge") -> jax.Array:
+        """Pads each piece of `a`'s last axis, of which one element stands for `unit` of K; e8m0 scales have no zero."""
         a = a.reshape(*a.shape[:-1], pieces, logical // unit)
-        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, (piece - logical) // unit)])
+        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, (piece - logical) // unit)], mode=mode)
         return a.reshape(*a.shape[:-2], pieces * (piece // unit))
 
     group = w.scheme.block[1]
-    found = {} if transposed else {"x": pad(arrays.x, 1)}
+    found = {} if transposed else {"x": pad(arrays.x, 1, "constant")}
     if group is not None:
         found |= {
             name: pad(value, group) for name in ("scale", "zero_point") if (value := getattr(arrays, name)) is not None

@@ -18,7 +18,8 @@ FEATURES = frozenset(
         "global_scale",  # a second level of scale (NVFP4)
         "nested_scale",  # scales that are quantized themselves
         "input_perm",  # act-order: x is permuted before the product
-        "padded_pieces",  # K stored as several pieces, each padded
+        "padded_pieces",  # K stored as several pieces, each padded to whole groups
+        "pieces_cut_groups",  # pieces padded to no whole number of groups
     }
 )
 

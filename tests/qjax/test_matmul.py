@@ -11,6 +11,7 @@ from cases import CASES, Case, assert_product, float64, oracle, x_met
 
 import qjax
 from qjax.errors import BackendError, QTensorError
+from qjax.kernel_call import features_of
 
 SMALL = Case("w4a16", 6, 256, 48)
 
@@ -67,6 +68,15 @@ class ProductTest(parameterized.TestCase):
         want = oracle(np.asarray(x * scale, np.float64)[:, np.asarray(perm)], float64(w))
         np.testing.assert_allclose(qjax.matmul(x, moved), want, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(x @ moved.dequantize(), want, rtol=1e-3, atol=1e-3)
+
+    @parameterized.parameters(32, 80, 96, -1)
+    def test_pieces_of_k_may_be_padded_to_no_whole_number_of_groups(self, group: int):
+        rng = np.random.default_rng(0)
+        kernel, x = jnp.asarray(rng.normal(size=(960, 8)), jnp.float32), jnp.asarray(rng.normal(size=(3, 960)))
+        w = qjax.quantize_array(kernel, f"w4a16:group_size={group}", k_pieces=2)
+        assert w.k_piece == (480, 512)
+        assert ("pieces_cut_groups" in features_of(w)) == (group in (80, 96))
+        assert_product(qjax.matmul(x, w), x, w)
 
     def test_quantized_x_is_what_the_weight_meets(self):
         case = Case("w8a8_int8", 6, 256, 48)

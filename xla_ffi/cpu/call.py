@@ -45,7 +45,7 @@ def multiply(
     return jax.ffi.ffi_call(library.TARGET, result, vmap_method="broadcast_all")(
         *operands,
         operands=np.int32((zero_point is not None) + 2 * (codebook is not None)),
-        group=np.int64(min(group, k)),
+        group=np.int64(k if scale.shape[1] == 1 else group),
         block_n=np.int64(min(block_n, n)),
         table=np.array(() if codebook is not None else table, np.float32),
         transposed=transposed,
