@@ -228,6 +228,50 @@ static void DecodeBlock(const D& d, const uint8_t* block, const float* scale, co
   }
 }
 
+// Up to 16 rows of the weight in float32, 512 k at a time.
+template <class D, Scales kScales>
+class Panel {
+ public:
+  static constexpr int64_t kStride = kPanelBlocks * kBlock + kPadding;
+
+  explicit Panel(const Product& p) : p_(p), values_(New<float>(kPanelRows * kStride)) {
+    for (int i = 0; i < kPanelRows; ++i) scales_.emplace_back(p);
+  }
+
+  // The next rows are [first, first + count).
+  void Take(int64_t first, int64_t count) {
+    first_ = first, count_ = count;
+    for (int64_t r = 0; r < count; ++r) {
+      scales_[r].Read(p_, first + r, D::kFactor);
+      scales_[r].SpreadOffsets(p_);
+    }
+  }
+
+  // Dequantizes blocks [b0, b0 + blocks) of them, at most 4. The codes behind are asked for meanwhile: rows lie far apart,
+  // and where the next part of each is, a processor does not foresee.
+  void Decode(int64_t b0, int64_t blocks) {
+    const D d(p_);  // here, so that its tables stay in registers
+    uint8_t copy[D::kBytes];
+    for (int64_t r = 0; r < count_; ++r) {
+      const int64_t n = first_ + r;
+      for (int64_t b = b0; b < b0 + blocks; ++b) {
+        const uint8_t* next = p_.codes + n * p_.row_bytes + (b + kPanelBlocks) * D::kBytes;
+        for (int i = 0; i < D::kBytes; i += 64) __builtin_prefetch(next + i);
+        DecodeBlock<D, kScales>(d, BlockOf<D>(p_, n, b, copy), scales_[r].scale(p_) + b * p_.slots,
+                                scales_[r].offset() + b * p_.slots, row(r) + (b - b0) * kBlock);
+      }
+    }
+  }
+
+  float* row(int64_t r) const { return values_.get() + r * kStride; }
+
+ private:
+  const Product& p_;
+  const Buffer<float> values_;
+  std::vector<RowScales> scales_;
+  int64_t first_ = 0, count_ = 0;
+};
+
 // sums[m][n] += x[m] . w[n] over `length` of k, each sum a vector of lanes.
 template <int kM>
 static void MultiplyTile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t length,
@@ -256,31 +300,22 @@ static void MultiplyTile(const float* x, int64_t x_stride, const float* w, int64
 
 template <class D, Scales kScales>
 static void MultiplyMany(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
-  const D d(p);
-  constexpr int64_t kStride = kPanelBlocks * kBlock + kPadding, kSums = kPanelRows * kLanes;
-  const Buffer<float> panel = New<float>(kPanelRows * kStride), sums = New<float>(rows.m * kSums);
-  std::vector<RowScales> scales;
-  for (int i = 0; i < kPanelRows; ++i) scales.emplace_back(p);
-  uint8_t copy[D::kBytes];
+  Panel<D, kScales> panel(p);
+  constexpr int64_t kStride = panel.kStride, kSums = kPanelRows * kLanes;
+  const Buffer<float> sums = New<float>(rows.m * kSums);
   for (int64_t first = n0; first < n1; first += kPanelRows) {
     const int64_t count = std::min<int64_t>(kPanelRows, n1 - first);
     const int64_t tiled = (count + kTileN - 1) / kTileN * kTileN;
-    for (int64_t r = 0; r < count; ++r) {
-      scales[r].Read(p, first + r, D::kFactor);
-      scales[r].SpreadOffsets(p);
-    }
-    std::memset(panel.get() + count * kStride, 0, (tiled - count) * kStride * sizeof(float));
+    panel.Take(first, count);
+    std::memset(panel.row(count), 0, (tiled - count) * kStride * sizeof(float));
     std::memset(sums.get(), 0, rows.m * kSums * sizeof(float));
     for (int64_t b0 = 0; b0 < p.blocks; b0 += kPanelBlocks) {
       const int64_t blocks = std::min<int64_t>(kPanelBlocks, p.blocks - b0);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t b = 0; b < blocks; ++b)
-          DecodeBlock<D, kScales>(d, BlockOf<D>(p, first + r, b0 + b, copy), scales[r].scale(p) + (b0 + b) * p.slots,
-                                  scales[r].offset() + (b0 + b) * p.slots, panel.get() + r * kStride + b * kBlock);
+      panel.Decode(b0, blocks);
       for (int64_t m = 0; m < rows.m; m += kTileM) {
         const float* x = rows.values.get() + m * rows.stride + b0 * kBlock;
         for (int64_t n = 0; n < tiled; n += kTileN) {
-          const float* w = panel.get() + n * kStride;
+          const float* w = panel.row(n);
           float* to = sums.get() + m * kSums + n * kLanes;
           switch (rows.m - m) {
             case 1: MultiplyTile<1>(x, rows.stride, w, kStride, blocks * kBlock, to, kSums); break;

@@ -40,35 +40,26 @@ static void AddRows(const float* x, int64_t x_stride, const float* w, int64_t w_
 
 template <class D, Scales kScales>
 static void MultiplyTransposed(const Product& p, int64_t m0, const Rows& rows, int64_t k0, int64_t k1) {
-  const D d(p);
-  constexpr int64_t kStride = kPanelBlocks * kBlock + kPadding;
+  Panel<D, kScales> panel(p);
+  constexpr int64_t kStride = panel.kStride;
   const int64_t first_block = k0 / kBlock, end_block = (k1 + kBlock - 1) / kBlock;
   const int64_t stride = (end_block - first_block) * kBlock + kPadding;
-  const Buffer<float> panel = New<float>(kPanelRows * kStride), sums = New<float>(rows.m * stride);
+  const Buffer<float> sums = New<float>(rows.m * stride);
   std::memset(sums.get(), 0, rows.m * stride * sizeof(float));
-  std::vector<RowScales> scales;
-  for (int i = 0; i < kPanelRows; ++i) scales.emplace_back(p);
-  uint8_t copy[D::kBytes];
   for (int64_t first = 0; first < p.n; first += kPanelRows) {
     const int64_t count = std::min<int64_t>(kPanelRows, p.n - first);
-    for (int64_t r = 0; r < count; ++r) {
-      scales[r].Read(p, first + r, D::kFactor);
-      scales[r].SpreadOffsets(p);
-    }
+    panel.Take(first, count);
     for (int64_t b0 = first_block; b0 < end_block; b0 += kPanelBlocks) {
       const int64_t blocks = std::min<int64_t>(kPanelBlocks, end_block - b0);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t b = 0; b < blocks; ++b)
-          DecodeBlock<D, kScales>(d, BlockOf<D>(p, first + r, b0 + b, copy), scales[r].scale(p) + (b0 + b) * p.slots,
-                                  scales[r].offset() + (b0 + b) * p.slots, panel.get() + r * kStride + b * kBlock);
+      panel.Decode(b0, blocks);
       for (int64_t m = 0; m < rows.m; m += kTileM) {
-        const float* x = rows.values.get() + m * rows.stride + first;
+        const float *x = rows.values.get() + m * rows.stride + first, *w = panel.row(0);
         float* to = sums.get() + m * stride + (b0 - first_block) * kBlock;
         switch (rows.m - m) {
-          case 1: AddRows<1>(x, rows.stride, panel.get(), kStride, count, blocks * kBlock, to, stride); break;
-          case 2: AddRows<2>(x, rows.stride, panel.get(), kStride, count, blocks * kBlock, to, stride); break;
-          case 3: AddRows<3>(x, rows.stride, panel.get(), kStride, count, blocks * kBlock, to, stride); break;
-          default: AddRows<kTileM>(x, rows.stride, panel.get(), kStride, count, blocks * kBlock, to, stride);
+          case 1: AddRows<1>(x, rows.stride, w, kStride, count, blocks * kBlock, to, stride); break;
+          case 2: AddRows<2>(x, rows.stride, w, kStride, count, blocks * kBlock, to, stride); break;
+          case 3: AddRows<3>(x, rows.stride, w, kStride, count, blocks * kBlock, to, stride); break;
+          default: AddRows<kTileM>(x, rows.stride, w, kStride, count, blocks * kBlock, to, stride);
         }
       }
     }

@@ -53,16 +53,18 @@ struct Case {
   ffi::DataType codes;
   int bits;
   int64_t m, k, n, group;
-  bool zero, int8_x;
+  bool zero, int8_x, transposed;
 };
 
 // Whether all sets of instructions agree on a product; false with a word on what does not.
 bool Agrees(const Case& c, ffi::ThreadPool& pool) {
   std::mt19937 random(1);
   const int64_t groups = (c.k + c.group - 1) / c.group;
-  Owned x(c.int8_x ? ffi::S8 : ffi::F32, c.int8_x ? 1 : 4, {c.m, c.k}), scale(ffi::F32, 4, {c.n, groups});
-  Owned packed = c.bits == 8 ? Owned(c.codes, 1, {c.n, c.k}) : Owned(c.codes, 4, {c.n, (c.k + 127) / 128, 4 * c.bits});
-  Owned y(ffi::F32, 4, {c.m, c.n}), zero(ffi::S8, 1, {c.n, groups});
+  const int64_t whole = c.bits == 8 ? c.k : (c.k + 127) / 128 * 128;  // k as it is stored
+  Owned x(c.int8_x ? ffi::S8 : ffi::F32, c.int8_x ? 1 : 4, {c.m, c.transposed ? c.n : c.k});
+  Owned packed = c.bits == 8 ? Owned(c.codes, 1, {c.n, c.k}) : Owned(c.codes, 4, {c.n, whole / 128, 4 * c.bits});
+  Owned y(ffi::F32, 4, {c.m, c.transposed ? whole : c.n});
+  Owned scale(ffi::F32, 4, {c.n, groups}), zero(ffi::S8, 1, {c.n, groups});
   c.int8_x ? x.FillWithBytes(random) : x.FillWithFloats(random);
   packed.FillWithBytes(random), scale.FillWithFloats(random), zero.FillWithBytes(random);
   Operands o{ffi::AnyBuffer(&x.buffer), ffi::AnyBuffer(&packed.buffer), ffi::AnyBuffer(&scale.buffer),
@@ -71,7 +73,8 @@ bool Agrees(const Case& c, ffi::ThreadPool& pool) {
   Product p{};
   const float table[256] = {};
   const int entries = c.codes == ffi::U8 ? 256 : 0;
-  if (ffi::Error error = Describe(o, ffi::Span<const float>(table, entries), c.group, 1, p); error.failure()) {
+  const ffi::Span<const float> values(table, entries);
+  if (ffi::Error error = Describe(o, values, c.group, 1, c.transposed, p); error.failure()) {
     std::printf("%s\n", error.message().c_str());
     return false;
   }
@@ -79,7 +82,7 @@ bool Agrees(const Case& c, ffi::ThreadPool& pool) {
   auto run = [&](const Instructions& set) {
     if (!set.available()) return true;
     Run(p, set, pool);
-    std::vector<float> got(p.y, p.y + c.m * c.n);
+    std::vector<float> got(p.y, p.y + p.m * p.width());
     for (std::thread& thread : Threads()) thread.join();
     Threads().clear();
     if (first.empty()) first = got;
@@ -115,13 +118,16 @@ int Main() {
   for (const Kind& kind : kinds)
     for (int64_t m : {1, 2, 7, 65})
       for (int64_t group : {392, 128, 32, 16})
-        for (int flags = 0; flags < 4; ++flags) {
-          const bool zero = flags & 1, int8_x = flags & 2, is_int = kind.type == ffi::U32 || kind.type == ffi::S8;
+        for (int flags = 0; flags < 8; ++flags) {
+          const bool zero = flags & 1, int8_x = flags & 2, transposed = flags & 4;
+          const bool is_int = kind.type == ffi::U32 || kind.type == ffi::S8;
           if ((zero && !is_int) || (int8_x && (!is_int || (kind.bits != 4 && kind.bits != 8)))) continue;
+          if (int8_x && transposed) continue;
           if (int8_x && group < (kind.bits == 4 ? 32 : 128)) continue;
-          const Case c{kind.type, kind.bits, m, 392, m == 65 ? 150 : 1100, group, zero, int8_x};
+          const Case c{kind.type, kind.bits, m, 392, m == 65 ? 150 : 1100, group, zero, int8_x, transposed};
           if (!Agrees(c, pool)) {
-            std::printf("bits %d m %d group %d zero %d int8 x %d\n", c.bits, int(m), int(group), zero, int8_x);
+            std::printf("bits %d m %d group %d zero %d int8 x %d transposed %d\n", c.bits, int(m), int(group), zero,
+                        int8_x, transposed);
             return 1;
           }
           ++done;

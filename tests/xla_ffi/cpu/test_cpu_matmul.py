@@ -120,6 +120,34 @@ def test_a_table_of_the_tensor_replaces_the_formats_own(bits):
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-4)
 
 
+def gradient(w, dy):
+    """That of x, by this kernel, for the gradient `dy` of the result."""
+    _, back = jax.vjp(lambda x: qjax.matmul(x, w, backend="cpu"), jnp.zeros((dy.shape[0], w.in_features), dy.dtype))
+    return back(dy)[0]
+
+
+@pytest.mark.parametrize("parts", [lambda w: qjax.concat_rows([w(0, "nvfp4"), w(1, "nvfp4")]), lambda w: w(0, "nf4")])
+def test_gradients_pass_global_scales_of_merged_parts_and_nested_ones(parts):
+    rng = np.random.default_rng(0)
+    dense = jnp.asarray(rng.standard_normal((2, 264, 24)) * [[[1]], [[100]]], jnp.float32)
+    w = parts(lambda i, scheme: qjax.quantize_array(dense[i], scheme, partial_groups=True))
+    dy = jnp.asarray(rng.standard_normal((3, w.out_features)), jnp.float32)
+    exact = np.asarray(dy, np.float64) @ np.asarray(w.dequantize(jnp.float32), np.float64).T
+    np.testing.assert_allclose(gradient(w, dy), exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("scheme", ["w4a16:group_size=32", "mxfp4", "w3a16:group_size=-1"])
+def test_padded_pieces_are_multiplied_and_their_gradients_have_no_padding(scheme):
+    rng = np.random.default_rng(0)
+    w = qjax.quantize_array(jnp.asarray(rng.standard_normal((384, 20)), jnp.float32), scheme, k_pieces=4)
+    assert w.k_piece == (96, 128)
+    x, dy = (jnp.asarray(rng.standard_normal((3, size)), jnp.float32) for size in (384, 20))
+    dense = np.asarray(w.dequantize(jnp.float32), np.float64)
+    forward, back = np.asarray(x, np.float64) @ dense, np.asarray(dy, np.float64) @ dense.T
+    np.testing.assert_allclose(qjax.matmul(x, w, backend="cpu"), forward, rtol=1e-5, atol=1e-5 * np.abs(forward).max())
+    np.testing.assert_allclose(gradient(w, dy), back, rtol=1e-5, atol=1e-5 * np.abs(back).max())
+
+
 PRODUCTS_OF_ANY_THREADS = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, qjax
