@@ -39,6 +39,7 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.finish import finish
+from pallas_kernels.grouped import why_not
 from pallas_kernels.mosaic import columns
 from pallas_kernels.mosaic.few_plan import BLOCK, MOST_ROWS, Few, Plan, candidates, first_choice, offset_by_sums
 from pallas_kernels.mosaic.few_program import Program
@@ -59,22 +60,13 @@ def _kernel(plan: Plan, *refs: Any, **shared: Any) -> None:
     plgpu.inline_mgpu(arg_types=types)(emit)(jax.lax.axis_index("program"), *refs, *shared.values())
 
 
-def unsupported(
-    m: int, k: int, n: int, *, weight: str, group: int, block_n: int, x_dtype: str, x_format: str | None,
-    scale_dtype: str, transposed: bool, **_: Any,
-) -> str | None:  # fmt: skip
+def unsupported(m: int, k: int, n: int, *, transposed: bool, **facts: Any) -> str | None:
     """Why this kernel cannot do a product, or None."""
     if transposed:
         return "it multiplies by the weight, not by its transpose"
     if m > MOST_ROWS:
         return f"it is made for up to {MOST_ROWS} rows of x, not {m}"
-    if x_format is not None or x_dtype not in ("bfloat16", "float16"):
-        return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
-    if block_n not in (1, n) or (block_n == n != 1 and group < k):
-        return f"its scales belong to one row or to all, not to {block_n} rows"
-    if group < k and group not in (16, 32, 64) and group % BLOCK:
-        return f"groups of {group}: it knows 16, 32, 64 and multiples of 128"
-    return None
+    return why_not(k, n, **(facts | {"scale_dtype": "float32"}))  # which scales of any type are, here
 
 
 def configs(

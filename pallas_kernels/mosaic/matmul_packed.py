@@ -46,6 +46,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.finish import finish
+from pallas_kernels.grouped import why_not
 from pallas_kernels.mosaic import accumulate, columns, operand
 from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, SINGLE, VALUES, WORDS, WORDS_A_BLOCK
 from pallas_kernels.mosaic.plan import Plan, entries_of
@@ -53,22 +54,11 @@ from pallas_kernels.mosaic.producer import produce
 from pallas_kernels.mosaic.tiles import Tile, candidates, decode_tile
 
 
-def unsupported(
-    m: int, k: int, n: int, *, weight: str, group: int, block_n: int, x_dtype: str, x_format: str | None,
-    scale_dtype: str, transposed: bool, **_: Any,
-) -> str | None:  # fmt: skip
+def unsupported(m: int, k: int, n: int, *, transposed: bool, **facts: Any) -> str | None:
     """Why this kernel cannot do a product, or None."""
     if transposed:
         return "it multiplies by the weight, not by its transpose"
-    if x_format is not None or x_dtype not in ("bfloat16", "float16"):
-        return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
-    if block_n not in (1, n) or (block_n == n != 1 and group < k):
-        return f"its scales belong to one row or to all, not to {block_n} rows"
-    if group < k and group not in (16, 32, 64) and group % BLOCK:
-        return f"groups of {group}: it knows 16, 32, 64 and multiples of 128"
-    if x_dtype == "float16" and scale_dtype == "float8_e8m0fnu":
-        return "e8m0 scales exceed the range of float16"
-    return None
+    return why_not(k, n, **facts)
 
 
 def configs(
