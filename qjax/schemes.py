@@ -70,6 +70,11 @@ class Scheme:
         """Bits of a stored code, scales not counted."""
         return self.format.bits
 
+    @property
+    def is_static(self) -> bool:
+        """Whether x is quantized by a scale that is known beforehand, the QTensor's `act_scale`."""
+        return self.activation is not None and self.activation.mode == "static"
+
     def __str__(self) -> str:
         return self.spec
 

@@ -33,7 +33,7 @@ def weight_like(scheme: Scheme, n: int, k: int) -> QTensor:
     """
     kernel = jax.ShapeDtypeStruct((k, n), jnp.bfloat16)
     like = jax.eval_shape(lambda w: quantize_array(w, scheme, where=f"{n}x{k}"), kernel)
-    if scheme.activation is not None and scheme.activation.mode == "static":
+    if scheme.is_static:
         return dataclasses.replace(like, act_scale=jax.ShapeDtypeStruct((), jnp.float32))
     return like
 

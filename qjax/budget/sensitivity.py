@@ -19,7 +19,7 @@ from qjax.budget.mixture import Option, Sensitivity
 from qjax.calibration.layer import Layer, layer_of, quantize_layer
 from qjax.calibration.moments import Statistics
 from qjax.calibration.program import trace
-from qjax.calibration.recipe import Recipe
+from qjax.calibration.recipe import Nearest, Recipe
 from qjax.calibration.segments import Unit
 from qjax.calibration.subject import Subject
 from qjax.calibration.walk import unreached, walk
@@ -30,7 +30,7 @@ from qjax.qtensor import QTensor
 from qjax.quantize import check_kernel
 from qjax.schemes import Scheme
 
-NEAREST = Recipe("nearest")
+NEAREST = Nearest()
 
 type Distance = Callable[[Any, Any], jax.Array]
 

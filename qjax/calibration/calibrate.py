@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from qjax.calibration.act_scale import ActScale, as_act_scale, static_scale
 from qjax.calibration.fold import Norms
 from qjax.calibration.layer import Layer, factors_of, layer_of, quantize_layer
 from qjax.calibration.model import check_batches, subject_of
@@ -33,6 +34,7 @@ def calibrate(
     *,
     params: Any = None,
     partial_groups: bool = False,
+    act_scale: ActScale = "max",
     progress: bool | None = None,
     **apply_options: Any,
 ) -> Any:
@@ -50,6 +52,8 @@ def calibrate(
       scheme_or_rules: as of `qjax.quantize`.
       params: of a linen module, as of `qjax.quantize`.
       partial_groups: allow a short last group where the group size does not divide K.
+      act_scale: the range of schemes with static scales of x (`w8a8_int8:mode=static`): "max", the largest magnitude
+        that was seen; a number such as 99.99, the percentile of magnitudes; "mse", that of least squared error.
       progress: True, False, or None for a bar on a terminal when the work takes longer than two seconds.
       **apply_options: further arguments of a linen model's `apply`.
 
@@ -64,11 +68,19 @@ def calibrate(
     """
     recipe = as_recipe(recipe)
     given = check_batches(batches)
-    if not given and recipe.needs_data:
-        raise CalibrationError(f"recipe {recipe} looks at what enters layers: give at least one batch, got none")
+    how = as_act_scale(act_scale)
+    if recipe.scaling is not None and how != "max":
+        raise CalibrationError(
+            f"recipe {recipe} scales columns of x, of which act_scale='max' is known only; got {how}"
+        )
     subject = subject_of(model, params, scheme_or_rules, given, apply_options)
-    run = _Calibration(subject, recipe, partial_groups)
-    if recipe.needs_data:
+    schemes = [target.rule.scheme for target in subject.targets.values()]
+    static = next((scheme for scheme in schemes if scheme is not None and scheme.is_static), None)
+    if not given and (recipe.needs_data or static is not None):
+        what = f"recipe {recipe}" if static is None else f"scheme {static}"
+        raise CalibrationError(f"{what} looks at what enters layers: give at least one batch, got none")
+    run = _Calibration(subject, recipe, partial_groups, how)
+    if given and (recipe.needs_data or static is not None):
         run.with_data(given, progress)
     else:
         run.without_data(progress)
@@ -80,7 +92,7 @@ class _Calibration:
     """What has been done so far.
 
     Attributes:
-      subject, recipe, partial_groups: the task.
+      subject, recipe, partial_groups, act_scale: the task.
       leaves: the params, quantized kernels dequantized.
       layouts: of the kernels.
       found: the layers' QTensors.
@@ -90,6 +102,7 @@ class _Calibration:
     subject: Subject
     recipe: Recipe
     partial_groups: bool
+    act_scale: ActScale
     leaves: list[jax.Array] = dataclasses.field(init=False)
     layouts: dict[int, KernelLayout] = dataclasses.field(init=False)
     found: dict[Unit, QTensor] = dataclasses.field(default_factory=dict)
@@ -127,7 +140,8 @@ class _Calibration:
                 self._put((leaf, index), quantize_array(layer.weight, layer.scheme, where=layer.where))
         norms = Norms.of(program)
         floats = self.subject.leaves if self.recipe.outputs == "float" else None
-        for stage, statistics in walk(program, batches, self.leaves, floats=floats, progress=progress):
+        counted = self.act_scale != "max"
+        for stage, statistics in walk(program, batches, self.leaves, floats=floats, counted=counted, progress=progress):
             self._quantize(stage, statistics, norms)
 
     def _layer(self, unit: Unit) -> Layer:
@@ -164,18 +178,27 @@ class _Calibration:
         if scaling is not None and len(stage.inputs) == 1:
             norm = norms.weight_before(stage.inputs[0], len(stage.units), self.leaves)
         if scaling is None or (norm is None and scaling.unfolded == "skip"):
-            return [(quantize_layer(layer, statistics, self.recipe), None) for layer in layers]
+            return [(self._quantized(layer, statistics), None) for layer in layers]
         factors = factors_of(layers, statistics, self.recipe)
         if norm is not None:
             whole = self.norms.get(norm.leaf, self.leaves[norm.leaf])
             # The model goes on with the norm as it was: what it has put out before is in the frontiers.
             self.norms[norm.leaf], factors = norm.divide(whole, factors)
         scaled = [dataclasses.replace(a, weight=a.weight * factors[:, None]) for a in layers]
-        found = [quantize_layer(layer, statistics.divided(factors), self.recipe) for layer in scaled]
+        found = [self._quantized(layer, statistics.divided(factors)) for layer in scaled]
         found = [dataclasses.replace(w, dtype=a.weight.dtype) for w, a in zip(found, layers, strict=True)]
         if norm is not None:
             return [(w, factors) for w in found]
         return [(dataclasses.replace(w, input_scale=1 / factors), None) for w in found]
+
+    def _quantized(self, layer: Layer, statistics: Statistics) -> QTensor:
+        """A layer's QTensor, with the static scale of x where its scheme has one."""
+        w = quantize_layer(layer, statistics, self.recipe)
+        x = layer.scheme.activation
+        if x is None or not layer.scheme.is_static:
+            return w
+        scale = static_scale(statistics.peak, statistics.counts, x, self.act_scale)
+        return dataclasses.replace(w, act_scale=scale)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -259,13 +259,15 @@ def quantize_layer(layer: Layer, statistics: Statistics | None, recipe: Recipe) 
 
     Args:
       layer: the weight and its scheme.
-      statistics: of what enters it; None for recipes that need none.
+      statistics: of what enters it; not looked at by recipes that need none.
       recipe: how; its scaling has been done.
 
     Raises:
       CalibrationError: a scheme that the recipe cannot make.
       QuantizeError: as `qjax.quantize_array`.
     """
+    if not recipe.needs_data:
+        statistics = None
     if recipe.rounding == "nearest" and not recipe.shrinks:
         return quantize_array(
             layer.weight,

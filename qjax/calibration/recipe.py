@@ -81,6 +81,11 @@ def _number(name: str, option: str, value: object, low: float, high: float) -> f
     return value
 
 
+def Nearest() -> Recipe:
+    """Rounding to nearest, as `qjax.quantize` does it: for schemes of which only the scales of x take data."""
+    return Recipe("nearest")
+
+
 def MSE() -> Recipe:
     """Rounding to nearest with the range of each group chosen for the least squared error; no data.
 
@@ -171,6 +176,7 @@ def HQQ() -> Recipe:
 
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
+    "nearest": Nearest,
     "mse": MSE,
     "gptq": GPTQ,
     "awq": AWQ,

@@ -21,6 +21,7 @@ def walk(
     leaves: Sequence[jax.Array],
     *,
     floats: Sequence[jax.Array] | None = None,
+    counted: bool = False,
     progress: bool | None = None,
 ) -> Iterator[tuple[Stage, Statistics]]:
     """Every stage of layers with what enters it, summed over all batches, in the order of the model.
@@ -30,6 +31,7 @@ def walk(
       batches: each the model's arguments, of one shape.
       leaves: the params. What changes in them between two stages is what the model goes on with.
       floats: other params to run the model with at its side, for statistics that compare both.
+      counted: whether magnitudes of inputs are counted too.
       progress: as of `qjax.progress.track`.
     """
     segments = cut(program)
@@ -43,7 +45,7 @@ def walk(
             if floats is not None and beside is not None:
                 aims, beside[number] = advance(segment, floats, beside[number])
             for key, x in seen.items():
-                one = measure(x, aims.get(key), jnp.int32(number), key.contracted, key.stacked)
+                one = measure(x, aims.get(key), jnp.int32(number), key.contracted, key.stacked, counted)
                 kept[key] = add(kept[key], one) if key in kept else one
         for stage in segment.stages:
             yield stage, functools.reduce(add, [kept[key] for key in stage.inputs])

@@ -121,7 +121,7 @@ def checked(w: QTensor, where: str) -> QTensor:
         validate_qtensor(w, where)
     except QTensorError as error:
         raise CheckpointError(str(error)) from error
-    if w.scheme.activation is not None and w.scheme.activation.mode == "static" and w.act_scale is None:
+    if w.scheme.is_static and w.act_scale is None:
         raise CheckpointError(f"{where}: {w.scheme} has a static scale of x, and the folder has no {where}.act_scale")
     if w.input_perm is not None:
         order = np.sort(np.asarray(w.input_perm), axis=-1)

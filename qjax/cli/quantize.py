@@ -2,10 +2,12 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import qjax
-from qjax.calibration import RECIPES, Recipe, parse_recipe
+from qjax.calibration import RECIPES, Nearest, Recipe, parse_recipe
+from qjax.calibration.act_scale import as_act_scale
 from qjax.checkpoints.load import load
 from qjax.checkpoints.save import save
 from qjax.checkpoints.write import check_target
@@ -42,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"the first N windows of {WINDOW} tokens of it (default 128)",
     )
+    parser.add_argument(
+        "--act-scale",
+        default="max",
+        metavar="HOW",
+        help="of schemes with static scales of x, from --calibrate: max (default), mse or a percentile such as 99.99",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint folder")
 
 
@@ -51,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     from qjax.calibration.calibrate import calibrate
 
     rules = _rules(args)
-    recipe = _recipe(args)
+    recipe = _recipe(args, rules)
+    act_scale = as_act_scale(args.act_scale if args.act_scale in ("max", "mse") else _number(args.act_scale))
     out = Path(args.out)
     check_target(out, source=args.folder, overwrite=args.overwrite)  # before the work, too
     start = time.perf_counter()
@@ -61,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     if recipe is None:
         qjax.nnx.quantize(model, rules)
     else:
-        calibrate(model, batches, recipe, rules)
+        calibrate(model, batches, recipe, rules, act_scale=act_scale)
     save(model, out, source=args.folder, overwrite=args.overwrite)
     found = list(layers(model))
     after = kernel_bytes(model)
@@ -85,14 +94,23 @@ def _rules(args: argparse.Namespace) -> tuple[Rule, ...]:
     return (*_file_rules(args.rules), *scheme)
 
 
-def _recipe(args: argparse.Namespace) -> Recipe | None:
-    """None is to nearest."""
-    recipe = None if args.recipe is None else parse_recipe(args.recipe)
-    if recipe is None and args.calibrate is not None:
+def _recipe(args: argparse.Namespace, rules: Sequence[Rule]) -> Recipe | None:
+    """None is to nearest, without a look at data."""
+    static = next((rule.scheme for rule in rules if rule.scheme is not None and rule.scheme.is_static), None)
+    if args.recipe is None and args.calibrate is not None and static is None:
         raise CalibrationError(f"--calibrate {args.calibrate}: give --recipe R, one of {', '.join(RECIPES)}")
-    if recipe is not None and recipe.needs_data and args.calibrate is None:
-        raise CalibrationError(f"recipe {recipe} looks at what enters layers: give --calibrate FILE")
-    return recipe
+    recipe = None if args.recipe is None else parse_recipe(args.recipe)
+    what = static and f"scheme {static}" or recipe and recipe.needs_data and f"recipe {recipe}"
+    if what and args.calibrate is None:
+        raise CalibrationError(f"{what} looks at what enters layers: give --calibrate FILE")
+    return Nearest() if recipe is None and static is not None else recipe
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise CalibrationError(f"--act-scale {text}: neither max, mse nor a percentile") from None
 
 
 def _file_rules(file: str | None) -> tuple[Rule, ...]:

@@ -110,6 +110,11 @@ ERRORS: list[tuple[list[str], str]] = [
         [*"quantize {pylm} {tmp}/out --scheme w4a16 --recipe gptq --calibrate {pylm}/generation_config.json".split()],
         "calibration takes windows of 512",
     ),
+    ([*"quantize {pylm} {tmp}/out --scheme w8a8_int8:mode=static".split()], "give --calibrate FILE"),
+    (
+        [*"quantize {pylm} {tmp}/out --scheme w4a16 --act-scale most".split()],
+        "--act-scale most: neither max, mse nor a percentile",
+    ),
     (["search", "{pylm}", "--calibrate", "{pylm}/calib.txt"], "one of the arguments --budget-bits --budget-bytes"),
     (["search", "{pylm}", "--calibrate", "{tmp}/none", "--budget-bits", "4"], "No such file"),
     (
@@ -136,6 +141,16 @@ def test_an_error_is_one_line_and_a_status(
 ) -> None:
     assert message.format(pylm=PYLM) in fail(capsys, *(arg.format(pylm=PYLM, tmp=tmp_path) for arg in argv))
     assert not (tmp_path / "out").exists()
+
+
+def test_static_scales_of_activations_come_from_a_text(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheme, folder = "w8a8_int8:mode=static", tmp_path / "model"
+    run(capsys, "quantize", PYLM, folder, "--scheme", scheme, "--calibrate", text, "--act-scale", "99.9")
+    kernels = [layer.kernel for layer in layers(load(folder)) if is_qtensor(layer.kernel)]
+    assert len(kernels) == 28 and all(float(w.act_scale) > 0 for w in kernels)
+    assert "perplexity_activations" in run(capsys, "perplexity", folder, "--text", text, "--windows", "1")
 
 
 def test_search_writes_rules_that_quantize_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
