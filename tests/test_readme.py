@@ -91,13 +91,15 @@ def test_notebooks_are_committed_without_outputs() -> None:
 
 def measured() -> dict[tuple[str, str], dict[str, str]]:
     """Scheme and recipe (none is to nearest) -> what a table may say of it, by heading."""
-    rounded, calibrated = (
-        json.loads((RESULTS / f"{name}-cpu.json").read_text(encoding="utf-8")) for name in ("accuracy", "calibration")
+    rounded, calibrated, searched = (
+        json.loads((RESULTS / f"{name}-cpu.json").read_text(encoding="utf-8"))
+        for name in ("accuracy", "calibration", "search")
     )
     base, dense = rounded["base_perplexity"], 2 * 3_145_728
     found = {("bf16", ""): {"bytes": f"{dense:,}", "ratio": "1.00x", "perplexity": f"{base:.3f}"}}
-    for row in rounded["rows"] + calibrated["rows"]:
-        found[row["scheme"], row.get("recipe", "")] = {
+    for row in rounded["rows"] + calibrated["rows"] + searched["rows"]:
+        scheme = row["scheme"] if "scheme" in row else f"{row['budget_bits']:g} bits"
+        found[scheme, row.get("recipe") or ""] = {
             "bytes": f"{row['bytes']:,}",
             "ratio": f"{dense / row['bytes']:.2f}x",
             "bits/weight": f"{16 * row['bytes'] / dense:.3f}",
