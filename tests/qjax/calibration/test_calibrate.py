@@ -212,7 +212,7 @@ def test_a_nan_is_an_error_that_names_layer_and_batch_and_changes_nothing(mlp):
         ([jnp.ones((4, 16)), jnp.ones((3, 16))], "gptq", SCHEME, r"batch 1 has .*\(3, 16\)"),
         ([jnp.ones((4, 16))], "gptq", "nf4", "up/kernel: recipe gptq makes integers .* got scheme nf4"),
         (None, "hqq", "w4a16:group_size=16", "add symmetric=false"),
-        ([jnp.ones((4, 16))], "gtpq", SCHEME, "unknown recipe 'gtpq'; known: mse, gptq"),
+        ([jnp.ones((4, 16))], "gtpq", SCHEME, "unknown recipe 'gtpq'; known: nearest, mse, gptq"),
         ([jnp.ones((4, 16))], "gptq:order=rising", SCHEME, "order='rising'; allowed: act, static, natural"),
         ([jnp.ones((4, 16))], "gptq:clip=1", SCHEME, "clip=1; allowed: False, True"),
         ([jnp.ones((4, 16))], "gptq:damping=2", SCHEME, "damping=2; allowed: a number from 0 to 1"),
