@@ -1,7 +1,7 @@
 """What do static scales of activations cost? Ranges of `qjax.calibrate` on pylm-4m, beside scales made from x itself.
 
 Calibrated on the first 16 windows of 512 tokens of `calib.txt`; perplexity, KL to the base and top-1 agreement as in
-`accuracy.py`. Prints a row at a time and writes `results/act_scale-<device>.json`.
+`accuracy.py`. Prints a row at a time and writes `results/act-scale-<device>.json`.
 """
 
 import json
