@@ -16,8 +16,8 @@ the row sees, so that a cache is read once, no further than the row is long, wha
     keys [block, D] --dot q [D, heads]--> scores [block, heads] --softmax, as it goes--> weights
     values.T [D, block] --dot weights--> += out [D, heads]
 
-The new key and value are never read from the cache: the program that stores them starts its sums from their registers,
-and no program loads the slot. Few rows and heads would leave most of the chip idle: then a row's slots are cut into
+The new key and value are never read from the cache: the program that stores them adds them from their registers, and
+no program loads the slot. Few rows and heads would leave most of the chip idle: then a row's slots are cut into
 shares, each gives its own softmax with the logarithm of its sum, and a small kernel weighs them together.
 
 Numerics: turned in float32 and rounded to row's dtype, as are the weights of the values; scores, softmax and sums are
@@ -86,7 +86,9 @@ def tile_for(batch: int, kv_heads: int, capacity: int, head_dim: int, itemsize: 
     while 4 * shares * batch * kv_heads < 3 * sms and capacity // (2 * shares) >= _SHORTEST_SHARE:
         shares *= 2
     block = min(128, max(16, _BLOCK_BYTES // (pl.next_power_of_2(head_dim) * itemsize)))
-    return Tile(block, shares, 4, 3 if smem >= 128 * 1024 else 2)
+    # Where a program has a multiprocessor to itself its own loads must cover the latency, else its neighbours' do.
+    alone = shares * batch * kv_heads <= sms
+    return Tile(block, shares, 4, (4 if smem >= 128 * 1024 else 3) if alone else 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +179,6 @@ def _kernel(plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref
     key = _stored(plan, of_new_keys, at, key, stored)
     value = _stored(plan, of_new_values, at, value, stored)
 
-    score = _capped(plan, jnp.sum(queries.astype(jnp.float32) * key[:, None], axis=0))
-    largest = jnp.where(stored, score, jnp.float32(_NOTHING))
-    total = jnp.where(stored, jnp.ones_like(score), jnp.float32(0))
-    attended = jnp.where(stored, jnp.broadcast_to(value[:, None], plan.shape), jnp.float32(0))
-
     # Its share of the slots before.
     end = jnp.clip(position, 0, plan.capacity)
     begin = jnp.int32(0) if plan.window is None else jnp.clip(position - (plan.window - 1), 0, end)
@@ -215,7 +212,16 @@ def _kernel(plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref
         return now, total * faded + jnp.sum(weights, axis=0), attended * faded[None, :] + part
 
     last = jnp.minimum((share + 1) * a_share, blocks)
-    largest, total, attended = jax.lax.fori_loop(share * a_share, last, step, (largest, total, attended))
+    nothing = jnp.full(plan.shape[1], _NOTHING, jnp.float32), *map(jnp.zeros, (plan.shape[1], plan.shape))
+    largest, total, attended = jax.lax.fori_loop(share * a_share, last, step, nothing)
+
+    # Its own slot comes last, so that the first loads of the cache do not wait for the product with its key.
+    score = _capped(plan, jnp.sum(queries.astype(jnp.float32) * key[:, None], axis=0))
+    score = jnp.where(stored, score, jnp.float32(_NOTHING))
+    now = jnp.maximum(largest, score)
+    weight, faded = jnp.where(stored, jnp.exp2(score - now), jnp.float32(0)), jnp.exp2(largest - now)
+    largest, total = now, total * faded + weight
+    attended = attended * faded[None, :] + weight[None, :] * value[:, None]
 
     total = jnp.where(total == 0, jnp.float32(1), total)  # an empty share: nothing / 1
     heads = kv_head * plan.group + jnp.arange(plan.shape[1])
