@@ -127,11 +127,11 @@ def test_configurations_fit_the_chip(m: int) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "nf4", "mxfp4", "nvfp4"])
-def test_on_hopper_it_runs_for_the_asking_until_it_is_measured(scheme: str) -> None:
+def test_on_hopper_few_rows_have_a_kernel_of_their_own(scheme: str) -> None:
     w = jax.eval_shape(lambda: qjax.quantize_array(jnp.ones((4096, 4096), jnp.bfloat16), scheme))
-    problem = problem_of(w, m=16, x_dtype=jnp.bfloat16)
+    one, many = (problem_of(w, m=m, x_dtype=jnp.bfloat16) for m in (1, 48))
     for device in map(find_device, ("H100-SXM", "H200")):
-        assert choose(problem, device, backend="mosaic").route.name == "mosaic.matmul_packed"
-        assert choose(problem, device).route.backend != "mosaic"
+        assert choose(one, device).route.name == "mosaic.matmul_few"
+        assert choose(many, device, backend="mosaic").route.name == "mosaic.matmul_packed"
     with pytest.raises(BackendError, match="needs compute capability 9.0"):
-        choose(problem, find_device("B200"), backend="mosaic")
+        choose(one, find_device("B200"), backend="mosaic")
