@@ -57,19 +57,18 @@ UNMEASURED = Efficiency(0.1, 0.1, 1e-5, "not measured: placed behind what was")
 _H200 = "H200, jax 0.11.2, 22016 x 4096: "
 _EPYC = "2 cores of an EPYC 9005, jax 0.11.2, 4096 x 4096: "
 MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
-    # Fixed: two kernels at least, one that dequantizes.
     ("xla.reference", "gpu", True): (
-        Efficiency(0.12, 0.75, 5e-6, _H200 + "79 us (int4 g128), 90 us (nf4)", m_max=1),
+        Efficiency(0.12, 0.75, 2e-6, _H200 + "79 us (int4 g128), 90 us (nf4)", m_max=1),
         Efficiency(
-            0.33, 0.75, 5e-6,
+            0.33, 0.75, 2e-6,
             _H200 + "667 us (int4 g128), 309 us (nf4) at M=16; 7.8 and 7.5 ms at M=2048",
             4,
         ),
     ),
     ("xla.reference", "gpu", False): (
-        Efficiency(0.5, 0.75, 5e-6, _H200 + "46 us (int8), 33 us (e4m3)", m_max=1),
+        Efficiency(0.5, 0.75, 2e-6, _H200 + "46 us (int8), 33 us (e4m3)", m_max=1),
         Efficiency(
-            0.55, 0.75, 5e-6,
+            0.55, 0.75, 2e-6,
             _H200 + "303 us (int8), 300 us (e4m3) at M=16; 7.5 ms at M=2048",
             4,
         ),

@@ -41,7 +41,6 @@ from qjax.quantize_call import quantized
 
 FUSED = 1.25  # times the error of rounding the exact result to its type
 ROUNDED = 2.5  # where something else is rounded to that type too, as the kernel's docstring says
-SUMMED = 4.0  # where sums of 8-bit floats are cut off, beside float16, which rounds to 11 bits
 ROUNDS = {
     "mosaic.matmul_few": ("nf4", "fp4"),  # values of the table
     "mosaic.matmul_packed": ("nf4", "fp4"),  # values of the table
@@ -73,8 +72,6 @@ class Case:
     def allowed(self) -> float:
         """How many times the error of rounding once."""
         formats = ROUNDS.get(self.route.name, ())
-        if self.product.weight.scheme.activation is not None and self.product.x_dtype == "float16":
-            return SUMMED
         return ROUNDED if formats is None or self.product.weight.scheme.weight in formats else FUSED
 
     @property
