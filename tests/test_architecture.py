@@ -111,6 +111,7 @@ MAY_IMPORT = {
     ),
     "qjax.models.kv_cache": Row("qjax.activations qjax.schemes"),
     "qjax.models.decode_attention": Row("qjax.dispatch qjax.devices qjax.partition qjax.models"),
+    "qjax.models.decode_layers": Row("qjax.dispatch qjax.devices qjax.kernel_call qjax.models qjax.nnx"),
     "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress qjax.sharding", "flax tokenizers"),
     "qjax.bench.models": Row(f"qjax {PRODUCT} qjax.nnx qjax.models qjax.sharding qjax.bench", "flax"),
     "qjax.bench.decode": Row(f"qjax {PRODUCT} qjax.models qjax.devices qjax.explain qjax.bench", "flax"),

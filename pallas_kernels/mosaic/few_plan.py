@@ -60,6 +60,9 @@ class Plan:
     residual: str | None
     out: str
     config: Few
+    ends: str = "plain"  # or what `step_program` knows
+    norm: str | None = None  # of the next norm's weight: y times it and y's squares are wanted, too
+    mean: tuple[int, int, float] | None = None  # x's sums of squares: how many, of so many features; epsilon
 
     @property
     def rows(self) -> int:
@@ -150,12 +153,22 @@ class Plan:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the arrays in device memory, in order."""
+        """Names of the arrays in device memory that are read, in order."""
         there = dict(
             x=True, packed=True, scale=self.scale or self.row_scale, zero=self.zeros,
-            global_scale=self.global_scale is not None, bias=self.bias, residual=self.residual, out=True,
+            global_scale=self.global_scale is not None, bias=self.bias, residual=self.residual, norm=self.norm,
+            squares_of_x=self.mean is not None,
         )  # fmt: skip
         return [name for name, given in there.items() if given]
+
+    @property
+    def results(self) -> dict[str, tuple[tuple[int, int], str]]:
+        """Shapes and dtypes of the arrays that are written, by name."""
+        shape = self.m, self.n // 2 if self.ends == "gate" else self.n
+        found = {"out": (shape, self.out)}
+        if self.norm:
+            found |= {"weighted": (shape, self.out), "squares": ((self.m, self.programs), "float32")}
+        return found
 
     @property
     def shared(self) -> dict[str, int]:
@@ -166,6 +179,7 @@ class Plan:
             columns=c.all_warps * c.ring * self.slot_of_columns,
             x=c.all_warps * self.x_bytes,
             sums=c.warps * 8 * self.tiles * self.pitch * 4,
+            inverse=4 * MOST_ROWS if self.mean else 0,
         )
         return {name: size for name, size in found.items() if size}
 

@@ -46,8 +46,12 @@ class Program:
                 self.fetch(o.integer(slot), j, self._sources(turn, chunk))
             turn, chunk = self._after(turn, chunk)
         o.repeat(plan.chunks, self.chunk, [self.nothing, turn, chunk])
-        o.barrier()
-        o.repeat(-(-plan.rows * plan.m // c.threads), self.element, [])
+        self.end()
+
+    def end(self) -> None:
+        """What follows the sums of all warps."""
+        self.o.barrier()
+        self.o.repeat(-(-self.plan.rows * self.plan.m // self.plan.config.threads), self.element, [])
 
     # Where things are
 
@@ -55,7 +59,7 @@ class Program:
     def _zeros(self) -> Any:
         return self.x + (self.plan.x_bytes - 16)
 
-    def _rows(self, turn: Any) -> list[Any]:
+    def rows(self, turn: Any) -> list[Any]:
         """The lane's two rows of a strip, those beyond the last being the last."""
         c = self.plan.config
         row = self.first_row + (turn * c.side_by_side + self.along_n) * STRIP + self.row
@@ -73,7 +77,7 @@ class Program:
 
     def _sources(self, turn: Any, chunk: Any) -> tuple[list[Any], Any, Any, Any]:
         """Of a strip and chunk: where the codes of both rows are, the rows, the first block, the blocks left."""
-        rows, block = self._rows(turn), self.first_block + chunk * self.plan.config.blocks
+        rows, block = self.rows(turn), self.first_block + chunk * self.plan.config.blocks
         codes = [self.at["packed"] + row * (64 * self.plan.blocks) + (block * 64 + self.quad * 16) for row in rows]
         return codes, rows, block, self._left(chunk)
 
@@ -200,7 +204,7 @@ class Program:
             self.copy_x(chunk + 1)
 
         def strip(turn: Any, slot: Any, to_turn: Any, to_chunk: Any) -> list[Any]:
-            rows, block = self._rows(turn), self.first_block + chunk * c.blocks
+            rows, block = self.rows(turn), self.first_block + chunk * c.blocks
             sources, total = self._sources(to_turn, to_chunk), [[o.real(0.0)] * 4 for _ in range(plan.tiles)]
             columns: dict[str, Callable[[int, int], Any]] = {}
             for j in range(c.blocks):
@@ -281,22 +285,36 @@ class Program:
         row, local = e // plan.rows, e % plan.rows
         n = self.first_row + local
         inside = o.choose(row < plan.m, n, o.integer(plan.n)) < plan.n
-        where = (o.minimum(row, plan.m - 1) * plan.pitch + local) * 4
+        real_row = o.minimum(row, plan.m - 1)
+        y = self.scaled(self.sum_of_warps(real_row, local), n, inside, real_row)
+        if plan.bias is not None:
+            y = o.add(y, self.real("bias", plan.bias, n, inside))
+        if plan.residual is not None:
+            y = o.add(y, self.real("residual", plan.residual, row * plan.n + n, inside))
+        o.store(self.at["out"] + (row * plan.n + n) * jnp.dtype(plan.out).itemsize, y, plan.out, inside)
+        return []
+
+    def sum_of_warps(self, row: Any, local: Any) -> Any:
+        """Of a row of x and a row of the program's strips."""
+        o, plan = self.o, self.plan
+        where = (row * plan.pitch + local) * 4
         y = o.read_real("sums", where)
         for warp in range(1, plan.config.warps):
             y = o.add(y, o.read_real("sums", where, warp * 8 * plan.tiles * plan.pitch * 4))
+        return y
 
-        def real(name: str, dtype: str, index: Any) -> Any:
-            size = jnp.dtype(dtype).itemsize
-            return o.as_reals(o.load(self.at[name] + index * size, size, 0, inside)[0], dtype)[0]
+    def real(self, name: str, dtype: str, index: Any, inside: Any) -> Any:
+        """An element of an array in device memory, in float32; 0 where not `inside`."""
+        size = jnp.dtype(dtype).itemsize
+        return self.o.as_reals(self.o.load(self.at[name] + index * size, size, 0, inside)[0], dtype)[0]
 
+    def scaled(self, y: Any, n: Any, inside: Any, row: Any) -> Any:
+        """Times the scales that a whole row of the weight has."""
+        del row
+        plan = self.plan
         if plan.row_scale is not None:
-            y = o.multiply(y, real("scale", plan.row_scale, n))
+            y = self.o.multiply(y, self.real("scale", plan.row_scale, n, inside))
         if plan.global_scale is not None:
-            y = o.multiply(y, real("global_scale", "float32", n if plan.global_scale else self.nothing))
-        if plan.bias is not None:
-            y = o.add(y, real("bias", plan.bias, n))
-        if plan.residual is not None:
-            y = o.add(y, real("residual", plan.residual, row * plan.n + n))
-        o.store(self.at["out"] + (row * plan.n + n) * jnp.dtype(plan.out).itemsize, y, plan.out, inside)
-        return []
+            at = n if plan.global_scale else self.nothing
+            y = self.o.multiply(y, self.real("global_scale", "float32", at, inside))
+        return y

@@ -212,6 +212,25 @@ class Lanes:
 
     # Values
 
+    def sum_of_lanes(self, value: ir.Value) -> ir.Value:
+        """Of a warp, the same in all its lanes."""
+        for distance in (16, 8, 4, 2, 1):
+            other = self._ptx(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;", value, out="f")[0]
+            value = self.add(value, other)
+        return value
+
+    def inverse_root(self, value: ir.Value) -> ir.Value:
+        """`1 / sqrt(value)`, off by 2^-22.9 of it."""
+        return self._ptx("rsqrt.approx.f32 $0, $1;", value, out="f", effects=False)[0]
+
+    def silu(self, value: ir.Value) -> ir.Value:
+        """`value / (1 + exp(-value))`, off by some 2^-21 of it."""
+        return self._ptx(
+            "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.f32 e, e; add.f32 e, e, 0f3F800000; "
+            "div.full.f32 $0, $1, e; }",
+            value, out="f", effects=False,
+        )[0]  # fmt: skip
+
     def pair(self, word: Int, nibble: int, weight: str, dtype: str, less: Int | None) -> Int:
         """The values of the codes at a nibble of both halves of a word (`pallas_kernels.pairs.pair`)."""
         text = pair(nibble, weight, dtype, "$2" if less is not None else None)

@@ -145,6 +145,18 @@ class NumpyLanes:
     def barrier(self) -> None:
         """Nothing: all lanes are in step."""
 
+    def sum_of_lanes(self, value: np.ndarray) -> np.ndarray:
+        """By NumPy's sum."""
+        return np.broadcast_to(value.sum(-1, keepdims=True, dtype=np.float32), value.shape)
+
+    def inverse_root(self, value: np.ndarray) -> np.ndarray:
+        """By the definition."""
+        return (1 / np.sqrt(value)).astype(np.float32)
+
+    def silu(self, value: np.ndarray) -> np.ndarray:
+        """By the definition."""
+        return (value / (1 + np.exp(-value))).astype(np.float32)
+
     def pair(self, word: np.ndarray, nibble: int, weight: str, dtype: str, less: np.ndarray | None) -> np.ndarray:
         """By the definition of the format."""
         form, halves = _16_BITS[dtype], []

@@ -42,19 +42,19 @@ from pallas_kernels.finish import finish
 from pallas_kernels.grouped import why_not
 from pallas_kernels.mosaic import columns
 from pallas_kernels.mosaic.few_plan import BLOCK, MOST_ROWS, Few, Plan, candidates, first_choice, offset_by_sums
-from pallas_kernels.mosaic.few_program import Program
 from pallas_kernels.mosaic.lanes import Lanes
 from pallas_kernels.mosaic.lanes_numpy import NumpyLanes
+from pallas_kernels.mosaic.step_program import program_of
 
 
 def _kernel(plan: Plan, *refs: Any, **shared: Any) -> None:
     """Hands the refs of Pallas to `program`."""
-    names, arrays = plan.operands, list(shared)
+    names, arrays = [*plan.operands, *plan.results], list(shared)
 
     def emit(_: Any, index: Any, *given: Any) -> None:
         inside = dict(zip(arrays, given[len(names) :], strict=True))
         outside = dict(zip(names, given[: len(names)], strict=True))
-        Program(Lanes(index.registers.item(), inside), plan, outside).run()
+        program_of(plan)(Lanes(index.registers.item(), inside), plan, outside).run()
 
     types = (plgpu.Layout.WG_SPLAT(()), *[plgpu.RefType()] * (len(refs) + len(shared)))
     plgpu.inline_mgpu(arg_types=types)(emit)(jax.lax.axis_index("program"), *refs, *shared.values())
@@ -108,14 +108,47 @@ def matmul(
     Returns:
       `[M, N]` in `out_dtype`, default x's.
     """
-    (m, k), (n, blocks) = x.shape, packed.shape[:2]
-    if scale.size == 1 < n:
-        one = scale.reshape(()).astype(jnp.float32)
-        scale, global_scale = jnp.ones((n, 1), jnp.float32), one if global_scale is None else one * global_scale
-    of_rows = scale.shape[1] == 1
+    given: dict[str, Any] = dict(global_scale=global_scale, bias=bias, residual=residual)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    given = dict(global_scale=global_scale, bias=bias, residual=residual)
-    inside = {} if activation else {name: a for name, a in given.items() if a is not None}
+    facts: dict[str, Any] = dict(
+        weight=weight, group=group, zero_point=zero_point, config=config, sms=sms, interpret=interpret
+    )
+    if activation is None:
+        return product(x, packed, scale, out=out_dtype.name, **given, **facts)[0]
+    scale, one = _per_row(scale, packed.shape[0])
+    given["global_scale"] = one if global_scale is None else global_scale if one is None else one * global_scale
+    y = product(x, packed, scale, out="float32", **facts)[0]
+    return finish(y, out_dtype, activation=activation, **given)
+
+
+def product(
+    x: jax.Array,
+    packed: jax.Array,
+    scale: jax.Array,
+    *,
+    weight: str,
+    group: int,
+    out: str,
+    zero_point: jax.Array | None = None,
+    global_scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    norm: jax.Array | None = None,
+    squares_of_x: jax.Array | None = None,
+    epsilon: float = 0.0,
+    ends: str = "plain",
+    config: dict[str, int] | None = None,
+    sms: int,
+    interpret: bool = False,
+) -> list[jax.Array]:
+    """The arrays of `Plan.results`, of a product that `ends` so; operands as in `matmul` and `layer_steps`."""
+    (m, k), (n, blocks) = x.shape, packed.shape[:2]
+    scale, one = _per_row(scale, n)
+    if one is not None:
+        global_scale = one if global_scale is None else one * global_scale
+    of_rows = scale.shape[1] == 1
+    given = dict(global_scale=global_scale, bias=bias, residual=residual, norm=norm, squares_of_x=squares_of_x)
+    inside = {name: a for name, a in given.items() if a is not None}
     dtypes = {name: a.dtype.name for name, a in inside.items()}
     plan = Plan(
         m=m,
@@ -128,32 +161,38 @@ def matmul(
         groups=scale.shape[1],
         zeros=zero_point is not None,
         row_scale=scale.dtype.name if of_rows else None,
-        global_scale=inside["global_scale"].ndim if "global_scale" in inside else None,
+        global_scale=None if global_scale is None else global_scale.ndim,
         bias=dtypes.get("bias"),
         residual=dtypes.get("residual"),
-        out="float32" if activation else out_dtype.name,
+        out=out,
         config=Few(**config) if config else first_choice(m, n, k, group, offset_by_sums(weight, x.dtype.name), sms),
+        ends=ends,
+        norm=dtypes.get("norm"),
+        mean=None if squares_of_x is None else (squares_of_x.shape[1], k, epsilon),
     )
     x = jnp.pad(x, ((0, 0), (0, BLOCK * blocks - k)))
     arrays = [x, packed.reshape(n, -1), columns.as_loaded(scale)]
-    arrays += [a for a in (zero_point, *inside.values()) if a is not None]
-    y = _call(plan, arrays, interpret)
-    if activation is None:
-        return y
-    return finish(y, out_dtype, activation=activation, **given)
+    return _call(plan, arrays + [a for a in (zero_point, *inside.values()) if a is not None], interpret)
 
 
-def _call(plan: Plan, arrays: list[jax.Array], interpret: bool) -> jax.Array:
+def _per_row(scale: jax.Array, n: int) -> tuple[jax.Array, jax.Array | None]:
+    """A scale of the whole weight as one of rows and a global one."""
+    if scale.size == 1 < n:
+        return jnp.ones((n, 1), jnp.float32), scale.reshape(()).astype(jnp.float32)
+    return scale, None
+
+
+def _call(plan: Plan, arrays: list[jax.Array], interpret: bool) -> list[jax.Array]:
     """The kernel, or the same program in NumPy."""
-    out = jax.ShapeDtypeStruct((plan.m, plan.n), jnp.dtype(plan.out))
+    out = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in plan.results.values()]
     if interpret:
 
-        def run(*given: Any) -> np.ndarray:
-            y = np.full(out.shape, np.nan, out.dtype)
+        def run(*given: Any) -> list[np.ndarray]:
+            made = [np.full(a.shape, np.nan, a.dtype) for a in out]
             lanes = NumpyLanes(plan.programs, plan.config.all_warps, plan.shared)
-            arrays = dict(zip(plan.operands, [*(np.asarray(a) for a in given), y], strict=True))
-            Program(lanes, plan, arrays).run()
-            return y
+            names = [*plan.operands, *plan.results]
+            program_of(plan)(lanes, plan, dict(zip(names, [*map(np.asarray, given), *made], strict=True))).run()
+            return made
 
         return jax.pure_callback(run, out, *arrays, vmap_method="sequential")
     return plgpu.kernel(
@@ -163,7 +202,7 @@ def _call(plan: Plan, arrays: list[jax.Array], interpret: bool) -> jax.Array:
         grid_names=("program",),
         num_threads=plan.config.threads // 128,
         thread_name="warpgroup",
-        kernel_name=f"qjax_{plan.weight}_hopper_few",
+        kernel_name=f"qjax_{plan.weight}_hopper_few" + ("" if plan.ends == "plain" else f"_{plan.ends}"),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
+from qjax.models import decode_layers
 from qjax.models.decode_attention import decode_attention, plain_because
 from qjax.models.kv_cache import KVCache, LayerCache
 from qjax.models.llama_config import ACTIVATIONS, LlamaConfig
@@ -121,32 +122,50 @@ class Attention(nnx.Module):
         cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x` `[B, S, hidden]` at `positions` `[B, S]` -> `[B, S, hidden]` and the cache after."""
+        attended, cache = self.attended(*self.projected(x), cos, sin, positions, cache)
+        return self.o_proj(attended), cache
+
+    def projected(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values `[B, S, heads * head_dim]`."""
+        if self.qkv_proj is None:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        queries, keys, values = self.qkv_proj(x)
+        return queries, keys, values
+
+    def attended(
+        self,
+        queries: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: jax.Array,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """What the queries attend to, `[B, S, heads * head_dim]`, and the cache after."""
 
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
-        merged = self.qkv_proj
-        queries, keys, values = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if merged is None else merged(x)
         if self.q_norm is not None and self.k_norm is not None:
             queries = self.q_norm(heads(queries)).reshape(queries.shape)
             keys = self.k_norm(heads(keys)).reshape(keys.shape)
-        if cache is not None and plain_because(x.shape[1], queries.shape[-1] // self.head_dim, x.dtype, cache) is None:
-            attended, cache = decode_attention(
+        length, heads_of_queries = queries.shape[1], queries.shape[-1] // self.head_dim
+        if cache is not None and plain_because(length, heads_of_queries, queries.dtype, cache) is None:
+            return decode_attention(
                 queries, keys, values, cos, sin, positions, cache,
                 scale=self.scale, softcap=self.softcap, window=self.window,
             )  # fmt: skip
-            return self.o_proj(attended), cache
         queries, keys, values = map(heads, (queries, keys, values))
         queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
         key_positions = positions
         if cache is not None:
             cache = cache.store(keys, values, positions)
-            keys, values = cache.read(x.dtype)
+            keys, values = cache.read(queries.dtype)
             key_positions = jnp.arange(keys.shape[2])[None, :]
         mask = causal_mask(positions, key_positions, self.window)
-        attended = attend(queries, keys, values, mask, scale=self.scale, softcap=self.softcap)
-        return self.o_proj(attended), cache
+        return attend(queries, keys, values, mask, scale=self.scale, softcap=self.softcap), cache
 
 
 def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
@@ -327,10 +346,13 @@ class Llama(nnx.Module):
             x = self.embed_tokens(input_ids)
             if self.config.embedding_scale != 1:
                 x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-            for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-                cos, sin = turns if layer.self_attn.window is None else local
-                x, layer_cache = layer(x, cos, sin, positions, layer_cache)
-                after.append(layer_cache)
+            of_layers = [turns if layer.self_attn.window is None else local for layer in self.layers]
+            if decode_layers.plain_because(self, input_ids.shape, cache is not None) is None:
+                x, after = decode_layers.decode_layers(self, x, of_layers, positions, layer_caches)
+            else:
+                for layer, (cos, sin), layer_cache in zip(self.layers, of_layers, layer_caches, strict=True):
+                    x, layer_cache = layer(x, cos, sin, positions, layer_cache)
+                    after.append(layer_cache)
         if cache is not None:
             lengths = jnp.maximum(cache.lengths, jnp.max(positions, axis=1) + 1)
             cache = KVCache(tuple(after), lengths)

@@ -32,16 +32,23 @@ class MergedLinear(nnx.Module):
       linear: `nnx.Linear` or `QLinear` `[in, sum(out_i)]`, its columns share by share.
       sizes: the `out_i`.
       shares: how many devices its columns are cut over; each has its own range of every `out_i`.
+      on_mesh: whether it lies on several devices, cut or whole.
     """
 
-    def __init__(self, linear: nnx.Linear | QLinear, sizes: tuple[int, ...], shares: int) -> None:
+    def __init__(
+        self, linear: nnx.Linear | QLinear, sizes: tuple[int, ...], shares: int, *, on_mesh: bool = False
+    ) -> None:
         self.linear = linear
         self.sizes = sizes
         self.shares = shares
+        self.on_mesh = on_mesh
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """The product, taken apart."""
-        y = self.linear(x)
+        return self.apart(self.linear(x))
+
+    def apart(self, y: jax.Array) -> tuple[jax.Array, ...]:
+        """A product's parts."""
         if self.shares == 1:  # slices and nothing else: whoever joins them again has y itself
             return tuple(jnp.split(y, list(itertools.accumulate(self.sizes[:-1])), axis=-1))
         ranges = y.reshape(*y.shape[:-1], self.shares, -1)
@@ -104,7 +111,10 @@ def _merge(linears: list[Any]) -> MergedLinear:
             n, k, *_ = (*home.spec, None, None)
             whole = jax.device_put(whole, shardings(whole, home.mesh, PartitionSpec(k, n)))
         return MergedLinear(
-            QLinear.from_qtensor(whole, bias=bias, dtype=first.dtype, backend=first.backend), sizes, shares
+            QLinear.from_qtensor(whole, bias=bias, dtype=first.dtype, backend=first.backend),
+            sizes,
+            shares,
+            on_mesh=home is not None and home.mesh.size > 1,
         )
     kernel = _placed(concat_shares(kernels, axis=1, shares=shares), kernels[0])
     linear = nnx.eval_shape(
