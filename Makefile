@@ -54,6 +54,7 @@ test-aot: cuda-compiler
 	QJAX_AOT=all $(bin)/python -m pytest -n $(WORKERS) tests/aot $(ARGS)
 
 test-gpu:
+	@scripts/build-ffi $(PYTHON)
 	$(PYTHON) tests/gpu/run.py $(ARGS)
 
 lint: setup

@@ -271,17 +271,19 @@ def possible(device: Device, routes: tuple[Route, ...] = ROUTES) -> tuple[str, .
         for route in routes
         if (route.platforms is None or device.platform in route.platforms)
         and route.cc_min <= device.cc <= (device.cc if route.cc_max is None else route.cc_max)
-        and _is_complete(route)
+        and lacking(route) is None
     )
     return tuple(dict.fromkeys(fits))
 
 
-def _is_complete(route: Route) -> bool:
-    """Whether the module is there, imports, and misses nothing on this machine."""
+def lacking(route: Route) -> str | None:
+    """What a kernel lacks on this machine, whatever the product; None if nothing."""
+    if not is_present(route):
+        return ABSENT
     try:
-        return is_present(route) and _told(route, "missing") is None
-    except ImportError:
-        return False
+        return _told(route, "missing")
+    except ImportError as error:
+        return f"its module does not import here: {error}"
 
 
 def is_present(kernel: Route | Quantizer) -> bool:

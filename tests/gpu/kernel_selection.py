@@ -12,9 +12,10 @@ from products import Product, covering, variants_of
 from qjax.dispatch.routes import ROUTES, Route
 
 ROWS = (1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 257)
-# (K, N). K of real models over 8 devices and whole, one odd, one shorter than a block; N odd, one, and a whole layer's.
-SIZES = ((7392, 515), (10944, 257), (4304, 333), (2880, 1), (1001, 77), (100, 40), (4096, 4096))
-SMALL = ((1, 392, 65), (17, 392, 65), (33, 200, 130), (66, 200, 130))
+# (K, N). K of real models over 8 devices and whole, one odd, one shorter than a block; N odd, one, a multiple of 8 as
+# cuBLASLt asks for, and a whole layer's.
+SIZES = ((7392, 520), (10944, 257), (4304, 328), (2880, 1), (1001, 77), (100, 40), (4096, 4096))
+SMALL = ((1, 392, 65), (17, 392, 65), (33, 200, 130), (66, 200, 130), (5, 400, 136), (66, 400, 136))
 _POOL = 3000  # products to select from
 VARIANTS: tuple[dict, ...] = (
     {}, {}, {"x_dtype": "float16"}, {"epilogue": True}, {"transposed": True}, {"stack": 2}, {"real_zero": True},
@@ -51,10 +52,15 @@ def with_graph(cases: list[Case]) -> set[Case]:
 
 
 def sanitized(routes: tuple[Route, ...], seed: int) -> list[Case]:
-    """One small case for each kernel and format."""
+    """One small case for each kernel and format, and for each of x's."""
     products = [Product(s, *shape, transposed=t) for s, shape, t in itertools.product(SCHEMES, SMALL, (False, True))]
     pairs = ((route, p) for p in products for route in routes if claimed(route, p))
-    taken = covering(pairs, lambda pair: ((pair[0].name, pair[1].weight.scheme.weight),), seed)
+
+    def facets(pair: tuple[Route, Product]) -> Iterator[Hashable]:
+        problem = pair[1].problem
+        yield pair[0].name, problem.scheme.weight, problem.x_format, problem.x_granularity
+
+    taken = covering(pairs, facets, seed)
     return [Case(route, p, seed) for route, p in taken]
 
 

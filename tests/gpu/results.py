@@ -12,10 +12,11 @@ import qjax
 
 
 class Results:
-    """Counts, and what was wrong in words."""
+    """Counts, and what was wrong in words; `absent` says which kernels are not here at all, and why."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, absent: dict[str, str] | None = None) -> None:
         self.seed = seed
+        self.absent = absent or {}
         self.passed = 0
         self.failures: list[dict[str, str]] = []
         self.skipped: list[str] = []
@@ -43,6 +44,7 @@ class Results:
             "machine": {"gpu": here.device_kind, "platform": here.client.platform_version},
             "revision": revision,
             "versions": {**versions, "qjax": qjax.__version__},
+            "absent": self.absent,
             "seed": self.seed,
             "seconds": round(time.monotonic() - self._started),
             "passed": self.passed,

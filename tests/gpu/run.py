@@ -31,6 +31,7 @@ from products import gpu_routes
 
 from qjax import devices
 from qjax.bench.machine import revision
+from qjax.dispatch.choose import lacking
 
 ROOT = Path(__file__).parents[2]
 _THREADS = min(16, os.cpu_count() or 1)
@@ -77,7 +78,10 @@ def main() -> int:
     if not given.rehearse and jax.default_backend() != "gpu":
         print(f"tests/gpu is skipped: no GPU here, JAX runs on {jax.default_backend()}")
         return 0
-    deadline, results, device = time.monotonic() + given.limit, Results(given.seed), devices.current()
+    absent = {route.name: reason for route in gpu_routes() if (reason := lacking(route)) is not None}
+    for name, reason in absent.items():
+        print(f"absent: {name}: {reason}", flush=True)
+    deadline, results, device = time.monotonic() + given.limit, Results(given.seed, absent), devices.current()
     cases = rehearsed(given.seed) if given.rehearse else selected(gpu_routes(), given.seed)
     cases = [case for case in cases if given.only in str(case)]
     print(f"{len(cases)} cases on {device}, seed {given.seed}", flush=True)

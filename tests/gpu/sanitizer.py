@@ -1,9 +1,12 @@
 """compute-sanitizer over a small selection: writes and reads out of bounds (memcheck), races in shared memory
-(racecheck). `Sanitizer` runs this file as a program of its own under the tool; the program runs each case once.
+(racecheck). `Sanitizer` runs this file as a program of its own under the tool; the program runs each case once. Where
+it, or the tool, dies in a case, that case has failed, and the program is started again with the one after it.
 """
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,7 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ERRORS = 99  # exit code
-_DONE = " done"  # how the line of a case ends
+_BEGINS = "begins"  # before the number of a case and its name, in a line of its own
+_DONE = " done"  # how the line after it ends
+
+_MOST_DEATHS = 5  # of the program, after which the tool is given up
 
 # Every array has memory of its own, so that an access one byte past it is one out of bounds.
 _ENVIRONMENT = {
@@ -35,26 +41,45 @@ class Sanitizer:
         found = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
         if found is not None:
             options = ["--tool", tool, *_OPTIONS[tool], "--error-exitcode", str(ERRORS), "--print-limit", "20"]
-            command = [found, *options, sys.executable, __file__, str(seed)]
-            both = dict(stdout=self._said, stderr=subprocess.STDOUT)
-            self._child = subprocess.Popen(command, env=os.environ | _ENVIRONMENT, text=True, **both)
+            self._command = [found, *options, sys.executable, __file__, str(seed)]
+            self._child = self._start(first=0)
+
+    def _start(self, first: int) -> subprocess.Popen[str]:
+        both = dict(stdout=self._said, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen([*self._command, str(first)], env=os.environ | _ENVIRONMENT, text=True, **both)
+
+    def _end(self, child: subprocess.Popen[str]) -> None:
+        """Ends the tool and the program below it, which may outlive a tool that died."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
     def outcome(self, limit: float) -> tuple[list[str], str | None]:
         """What it found, and why it was not run or did not end within `limit` seconds of its start."""
         if self._child is None:
             return [], "compute-sanitizer is not installed"
-        try:
-            code = self._child.wait(max(1.0, limit - (time.monotonic() - self._started)))
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-            return [], f"not done after {limit:.0f} s: {self._lines()[-1:]}"
-        lines = self._lines()
-        if code == 0:
-            return [], None if any(line.endswith(_DONE) for line in lines) else "no kernel claims a case here"
-        if any("not supported" in line.lower() for line in lines[:20]):
-            return [], f"compute-sanitizer does not run here: {lines[:3]}"
-        return [f"exit code {code}: " + " | ".join(lines[-25:])], None
+        wrong: list[str] = []
+        while True:
+            try:
+                code = self._child.wait(max(1.0, limit - (time.monotonic() - self._started)))
+            except subprocess.TimeoutExpired:
+                self._end(self._child)
+                late = f"not done after {limit:.0f} s: {self._lines()[-1:]}"
+                return (wrong + [late], None) if wrong else ([], late)
+            lines = self._lines()
+            if any("not supported" in line.lower() for line in lines[:20]):
+                return [], f"compute-sanitizer does not run here: {lines[:3]}"
+            if code == ERRORS:
+                return [*wrong, "errors: " + " | ".join(lines[-25:])], None
+            if code == 0:
+                ran = wrong or any(line.endswith(_DONE) for line in lines)
+                return wrong, None if ran else "no kernel claims a case here"
+            self._end(self._child)
+            begun = [line for line in lines if line.startswith(_BEGINS)]
+            wrong.append(f"exit code {code} after {begun[-1:]}: " + " | ".join(lines[-8:]))
+            if not begun or len(wrong) == _MOST_DEATHS:
+                return wrong, None
+            self._child = self._start(first=int(begun[-1].split()[1]) + 1)
 
     def _lines(self) -> list[str]:
         self._said.seek(0)
@@ -62,15 +87,18 @@ class Sanitizer:
 
 
 def main() -> None:
-    """Runs the selection of the seed in the command line, each case once."""
+    """Runs the selection of the seed in the command line, each case once, from the number there on."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import jax
     from gpu.kernel_checks import function_of, placed
     from gpu.kernel_selection import sanitized
     from products import gpu_routes
 
-    cases = sanitized(gpu_routes(), int(sys.argv[1]))
-    for case in cases:
+    seed, first = map(int, sys.argv[1:])
+    for number, case in enumerate(sanitized(gpu_routes(), seed)):
+        if number < first:
+            continue
+        print(f"{_BEGINS} {number} {case}", flush=True)
         jax.block_until_ready(jax.jit(function_of(case))(placed(case.operands())))
         print(f"{case}{_DONE}", flush=True)
 

@@ -1,15 +1,19 @@
-"""The checks of `kernel_checks` pass a right kernel and find a wrong one, on any machine."""
+"""The checks of `kernel_checks` pass a right kernel and find a wrong one, on any machine; hammer and sanitizer too."""
 
 import types
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu import hammer
 from gpu.kernel_checks import Case, check, compile_case, quantization
 from gpu.kernel_selection import rehearsed
+from gpu.sanitizer import Sanitizer
 from products import Product
 
 from qjax.activations import Rows, quantize_rows
@@ -78,3 +82,45 @@ def test_codes_of_x_that_are_not_the_nearest_are_found(format: str, granularity:
     wrong[1, 7] = wrong[1, 8]
     assert "steps off" in next(quantization(x, Rows(wrong, rows.scale)))
     assert "steps off" in next(quantization(x, Rows(rows.values, 1.1 * rows.scale)))
+
+
+def test_hammered_products_keep_their_bits_on_every_device() -> None:
+    found = hammer.hammered(hammer.REHEARSED, seconds=0.5, threads=2)
+    assert not found["wrong"] and not found["absent"]
+    assert found["devices"] == jax.device_count() and found["threads"] == 2 * jax.device_count() + 1
+    assert found["runs"] >= found["executables"] == 2 * (jax.device_count() + 1)
+
+
+def test_a_result_with_other_bits_is_counted() -> None:
+    results = iter([1.0, 2.0, 1.0])
+    job = hammer.Job("product", lambda _: (jnp.full((1, 2), next(results, 1.0)), None), [0, 0], [])
+    first = hammer.bits(np.ones((1, 2), np.float32))
+    runs, wrong = hammer.hammer([hammer.Job(job.name, job.run, job.given, [first, first])], 0, 0.2)
+    assert runs["product"] > 2 and wrong == Counter(product=1)
+
+
+TOOL = """#!/bin/sh
+for last; do number=$last; done
+while [ $number -lt 4 ]; do
+  echo "begins $number case $number"
+  [ $number = 1 ] && kill -SEGV $$
+  echo "case $number done"
+  number=$((number + 1))
+done
+exit ${CODE:-0}
+"""
+
+
+@pytest.mark.parametrize(("code", "said"), [("0", []), ("99", ["errors: "])])
+def test_a_sanitizer_that_dies_names_the_case_and_goes_on_behind_it(code, said, tmp_path, monkeypatch) -> None:
+    tool = Path(tmp_path) / "compute-sanitizer"
+    tool.write_text(TOOL)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("CODE", code)
+    sanitizer = Sanitizer("racecheck", 0)
+    wrong, skipped = sanitizer.outcome(20)
+    assert skipped is None and len(wrong) == 1 + len(said)
+    assert wrong[0].startswith("exit code -11 after ['begins 1 case 1']")
+    assert all(text.startswith(start) for text, start in zip(wrong[1:], said, strict=True))
+    assert "case 3 done" in " ".join(sanitizer._lines())

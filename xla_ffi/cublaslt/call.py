@@ -95,6 +95,11 @@ def multiply(call: Call, o: Operands) -> tuple[jax.Array, jax.Array | None]:
     return _batchable(call)(o)
 
 
+def variant() -> str:
+    """What runs the products, for `explain`."""
+    return f"cuBLASLt {library.version()}, {WORKSPACE // 2**20} MiB of workspace"
+
+
 @functools.cache
 def _batchable(call: Call) -> Any:
     @custom_vmap

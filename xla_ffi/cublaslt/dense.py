@@ -18,7 +18,9 @@ import jax.numpy as jnp
 
 from xla_ffi.cublaslt import library
 from xla_ffi.cublaslt.call import CANDIDATES, DEFAULT, Call, Operands, multiply
+from xla_ffi.cublaslt.call import variant as variant
 from xla_ffi.cublaslt.epilogue import Epilogue
+from xla_ffi.cublaslt.library import missing as missing
 
 _ALIGNED = 8  # elements of 16 bits: rows start at multiples of 16 bytes
 

@@ -31,7 +31,9 @@ import jax.numpy as jnp
 
 from xla_ffi.cublaslt import library
 from xla_ffi.cublaslt.call import BLOCK_1X128, BLOCK_128, CANDIDATES, DEFAULT, OUTER, SCALAR, Call, Operands, multiply
+from xla_ffi.cublaslt.call import variant as variant
 from xla_ffi.cublaslt.epilogue import Epilogue
+from xla_ffi.cublaslt.library import missing as missing
 
 BLOCK = 128  # elements of K that share a scale in block modes
 _ROW_BYTES = 16  # cuBLASLt's 8-bit kernels load rows of x, w and y in units of this

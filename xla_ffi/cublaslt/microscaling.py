@@ -20,7 +20,9 @@ import jax.numpy as jnp
 
 from xla_ffi.cublaslt import library
 from xla_ffi.cublaslt.call import CANDIDATES, VEC16_E4M3, VEC32_E8M0, Call, Operands, multiply
+from xla_ffi.cublaslt.call import variant as variant
 from xla_ffi.cublaslt.epilogue import Epilogue
+from xla_ffi.cublaslt.library import missing as missing
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _FIRST_VERSION = 120800
