@@ -7,8 +7,9 @@ Operands
     row        [B, (H + 2 * J) * D]: queries of H heads, then keys and values of J; H is a multiple of J
     cos, sin   float32 [B, D / 2]
     positions  int32 [B]: the token's slot; outside of the cache it is not stored, below 0 the result means nothing
-    keys, values [B, J, T, D] in row's dtype: donated, they come back changed in one slot a row; or int8, with
-    scales     float32 [B, J, T] of keys and of values: `code * scale`, scale = amax / 127 over D, 1 where that is 0
+    keys, values [B, J, T, D] in row's dtype: donated, they come back changed in one slot a row; or int8 or e4m3, with
+    scales     float32 [B, J, T] of keys and of values: `code * scale`, scale = amax / top over D, 1 where that is 0;
+               top is 127 or 448
 
 Work: a program has a row, a key-value head j with its H / J query heads, and one of `shares` parts of the slots that
 the row sees, so that a cache is read once, no further than the row is long, whatever its capacity:
@@ -22,7 +23,7 @@ shares, each gives its own softmax with the logarithm of its sum, and a small ke
 
 Numerics: turned in float32 and rounded to row's dtype, as are the weights of the values; scores, softmax and sums are
 float32 (float32 operands are multiplied as such). Exponentials are powers of two, `ex2.approx`, off by 2 ulp. Codes are
-exact in 16 bits; their scales multiply scores and, before they are rounded, weights. Ties of codes round up.
+exact in 16 bits; their scales multiply scores and, before they are rounded, weights. Ties of int8 codes round up.
 """
 
 import dataclasses
@@ -40,6 +41,7 @@ from pallas_kernels.result import result
 _COLUMNS = 8  # of the tensor cores' result, at least
 _BLOCK_BYTES = 16384  # of keys in flight a stage, and of values
 _SHORTEST_SHARE = 128  # slots that are worth a program
+_TOP = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of a coded cache
 _NOTHING = -1e30  # a score of nothing: -inf would turn an empty share into NaN
 
 
@@ -58,12 +60,15 @@ def unsupported(*, heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: 
     kv_heads, head_dim = cache[1], cache[3]
     if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
         return f"it takes bfloat16, float16 and float32, not {jnp.dtype(dtype).name}"
-    if jnp.dtype(cache_dtype) not in (jnp.dtype(dtype), jnp.int8):
+    coded = jnp.dtype(cache_dtype).name in _TOP
+    if not coded and jnp.dtype(cache_dtype) != jnp.dtype(dtype):
         return f"the cache is {jnp.dtype(cache_dtype).name}, the token {jnp.dtype(dtype).name}"
-    if jnp.dtype(cache_dtype) == jnp.int8 and jnp.dtype(dtype) == jnp.float32:
+    if coded and jnp.dtype(dtype) == jnp.float32:
         return "codes of a cache become numbers of 16 bits"
-    if jnp.dtype(cache_dtype) == jnp.int8 and math.prod(cache) > 2**31:
+    if coded and math.prod(cache) > 2**31:
         return f"a cache of {math.prod(cache)} codes: offsets of bytes have 32 bits"
+    if jnp.dtype(cache_dtype) == jnp.float8_e4m3fn and cc < 89:
+        return f"Triton converts FP8 from compute capability 8.9 on, this is {cc / 10:.1f}"
     if head_dim % 16 or head_dim > 256:
         return f"heads of {head_dim}: it knows multiples of 16 up to 256"
     if heads % kv_heads or heads // kv_heads > 32:
@@ -149,11 +154,13 @@ def _stored(plan: _Plan, refs: tuple[Any, ...], at: tuple[Any, ...], x: jax.Arra
         plgpu.store(refs[0].at[*at, d], x, mask=mask & (d < plan.head_dim))
         return wide
     largest = jnp.max(jnp.abs(wide), axis=0)
-    scale = jnp.where(largest == 0, jnp.float32(1), largest / 127)
-    codes = jnp.floor(wide / scale + jnp.float32(0.5))
-    plgpu.store(refs[0].at[*at, d], codes.astype(jnp.int8), mask=mask & (d < plan.head_dim))
+    dtype = refs[0].dtype
+    scale = jnp.where(largest == 0, jnp.float32(1), largest / _TOP[dtype.name])
+    ratio = wide / scale
+    codes = jnp.floor(ratio + jnp.float32(0.5)).astype(dtype) if dtype == jnp.int8 else ratio.astype(dtype)
+    plgpu.store(refs[0].at[*at, d], codes, mask=mask & (d < plan.head_dim))
     plgpu.store(refs[1].at[*at], scale, mask=mask)
-    return codes * scale
+    return codes.astype(jnp.float32) * scale
 
 
 def _kernel(plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref: Any, *refs: Any) -> None:

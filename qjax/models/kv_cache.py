@@ -4,20 +4,22 @@ Slot t of a row holds the token at position t, so rows of different lengths shar
 need no offsets. A slot past a row's length holds nothing yet and is never attended to: a query at
 position p sees the slots up to p, and p's own slot is written before it is read.
 
-An int8 cache holds codes, and a scale for each token and head: half the bytes of 16 bits, and read as
-`code * scale` with `scale = amax / 127` over the head's numbers.
+A cache of 8 bits holds codes, and a scale for each token and head: half the bytes of 16 bits, and read as
+`code * scale` with `scale = amax / top` over the head's numbers, top 127 for int8 and 448 for e4m3 ("fp8").
 """
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from qjax.activations import quantize_rows
 from qjax.schemes import Activation
 
-_INT8 = Activation(format="int8", granularity="token")
+CODED = {"int8": np.dtype(jnp.int8), "fp8": np.dtype(jnp.float8_e4m3fn)}  # caches of codes, by what users call them
+_CODING = {CODED["int8"]: Activation("int8", "token"), CODED["fp8"]: Activation("e4m3", "token")}
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +27,7 @@ _INT8 = Activation(format="int8", granularity="token")
 class LayerCache:
     """One layer's keys (rotated) and values, `[B, kv_heads, capacity, head_dim]`: what a head reads lies together.
 
-    Scales are float32 `[B, kv_heads, capacity]` where keys and values are int8 codes, else None.
+    Scales are float32 `[B, kv_heads, capacity]` where keys and values are codes, else None.
     """
 
     keys: jax.Array
@@ -47,7 +49,7 @@ class LayerCache:
 
         if self.key_scale is None or self.value_scale is None:
             return LayerCache(put(self.keys, keys), put(self.values, values))
-        (keys, key_scale), (values, value_scale) = _codes(keys), _codes(values)
+        (keys, key_scale), (values, value_scale) = (_codes(a, self.keys.dtype) for a in (keys, values))
         return LayerCache(
             put(self.keys, keys), put(self.values, values),
             put(self.key_scale, key_scale), put(self.value_scale, value_scale),
@@ -62,9 +64,9 @@ class LayerCache:
         return keys, values
 
 
-def _codes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`[..., head_dim]` -> int8 codes, and float32 scales `[...]`."""
-    rows = quantize_rows(x, _INT8, None)
+def _codes(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    """`[..., head_dim]` -> codes, and float32 scales `[...]`."""
+    rows = quantize_rows(x, _CODING[dtype], None)
     assert rows.scale is not None
     return rows.values, rows.scale[..., 0]
 
@@ -88,8 +90,8 @@ class KVCache:
         head_dim: int,
         dtype: DTypeLike,
     ) -> "KVCache":
-        """An empty cache of `capacity` slots a row; of codes where `dtype` is int8."""
-        coded = jnp.dtype(dtype) == jnp.int8
+        """An empty cache of `capacity` slots a row; of codes where `dtype` is one of `CODED`."""
+        coded = jnp.dtype(dtype) in _CODING
 
         def layer() -> LayerCache:
             keys, values = (jnp.zeros((batch, kv_heads, capacity, head_dim), dtype) for _ in range(2))

@@ -366,7 +366,7 @@ class Llama(nnx.Module):
             return soft_capped(head(hidden).astype(jnp.float32), self.config.logit_softcap)
 
     def empty_cache(self, batch: int, capacity: int, dtype: DTypeLike | None = None) -> KVCache:
-        """A cache for `batch` rows of up to `capacity` tokens; `dtype` is the model's, or int8."""
+        """A cache for `batch` rows of up to `capacity` tokens; `dtype` is the model's, or one of `kv_cache.CODED`."""
         return KVCache.zeros(
             layers=self.config.num_hidden_layers,
             batch=batch,

@@ -76,24 +76,24 @@ def test_a_head_need_not_be_a_power_of_two():
 
 
 @pytest.mark.parametrize("shares", [1, 2])
-def test_codes_and_scales_are_read_and_the_new_token_becomes_some(shares):
+@pytest.mark.parametrize(("dtype", "top"), [(jnp.int8, 127), (jnp.float8_e4m3fn, 448)])
+def test_codes_and_scales_are_read_and_the_new_token_becomes_some(shares, dtype, top):
     row, cos, sin, positions, keys, values = operands(8, 2, 16, "bfloat16", POSITIONS)
-    scales = [jnp.max(jnp.abs(a), axis=-1).astype(jnp.float32) / 127 for a in (keys, values)]
-    codes = [
-        jnp.round(a.astype(jnp.float32) / scale[..., None]).astype(jnp.int8)
-        for a, scale in zip((keys, values), scales, strict=True)
-    ]
+    scales = [jnp.max(jnp.abs(a), axis=-1).astype(jnp.float32) / top for a in (keys, values)]
+    ratios = [a.astype(jnp.float32) / scale[..., None] for a, scale in zip((keys, values), scales, strict=True)]
+    codes = [(jnp.round(a) if dtype == jnp.int8 else a).astype(dtype) for a in ratios]
     options = dict(scale=0.3, config={**SHARES, "shares": shares}, interpret=True)
     out, *after = decode_attention(row, cos, sin, positions, *codes, *scales, **options)
     known = [
         (a.astype(jnp.float32) * scale[..., None]).astype(jnp.float32) for a, scale in zip(codes, scales, strict=True)
     ]
     expected, keys, values = exact(row, cos, sin, positions, *known, scale=0.3)
-    assert [a.dtype for a in after] == [jnp.int8, jnp.int8, jnp.float32, jnp.float32]
+    assert [a.dtype for a in after] == [dtype, dtype, jnp.float32, jnp.float32]
     for a, scale, whole in zip(after[:2], after[2:], (keys, values), strict=True):
-        steps = np.abs(np.asarray(a, np.float64) * np.asarray(scale)[..., None] - whole) / np.asarray(scale)[..., None]
-        assert steps.max() < 0.51
-    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=0.03)
+        one = np.asarray(scale, np.float64)[..., None]
+        step = one if dtype == jnp.int8 else np.maximum(np.abs(whole) / 8, one * 2.0**-9)
+        assert (np.abs(np.asarray(a, np.float64) * one - whole) / step).max() < 0.51
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=0.03 if dtype == jnp.int8 else 0.15)
 
 
 def test_what_lies_past_a_row_is_not_read():
@@ -139,6 +139,7 @@ def test_programs_fill_the_multiprocessors_and_no_share_is_a_sliver():
         ({"dtype": "float64"}, "not float64"),
         ({"cache_dtype": "float32"}, "the cache is float32"),
         ({"cache_dtype": "int8", "dtype": "float32"}, "numbers of 16 bits"),
+        ({"cache_dtype": jnp.float8_e4m3fn, "cc": 80}, "from compute capability 8.9 on"),
         ({"heads": 100}, "100 query heads to 1"),
         ({"cache_dtype": "int8", "cache": (64, 32, 16384, 128)}, "4294967296 codes"),
         ({"cc": 75}, "capability 7.5"),

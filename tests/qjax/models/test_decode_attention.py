@@ -97,12 +97,13 @@ def test_greedy_tokens_are_those_of_the_plain_path(pylm, interpreted):
         assert generate(pylm, PROMPTS, max_new_tokens=12) == found
 
 
-def test_an_int8_cache_is_read_by_the_kernel_as_by_plain_jax(pylm_folder, interpreted):
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_cache_of_codes_is_read_by_the_kernel_as_by_plain_jax(kind, pylm_folder, interpreted):
     model = qjax.load(pylm_folder, dtype=jnp.bfloat16)
-    found = generate(model, PROMPTS, max_new_tokens=6, cache_dtype="int8")
+    found = generate(model, PROMPTS, max_new_tokens=6, cache_dtype=kind)
     assert interpreted
     with qjax.use(device="cpu"):
-        plain = generate(model, PROMPTS, max_new_tokens=6, cache_dtype="int8")
+        plain = generate(model, PROMPTS, max_new_tokens=6, cache_dtype=kind)
     same = [a == b for row, other in zip(found, plain, strict=True) for a, b in zip(row, other, strict=True)]
     assert np.mean(same) > 0.8, "other sums may break ties"
 

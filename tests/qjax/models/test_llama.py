@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import qjax
 from qjax.checkpoints import CheckpointFiles
 from qjax.models import Llama, load_llama
+from qjax.models.kv_cache import CODED
 from qjax.models.llama import RMSNorm, attend, causal_mask
 
 forward = nnx.jit(lambda model, ids: model(ids))
@@ -113,13 +114,15 @@ def test_rms_norm_of_one_row_in_parts_is_that_of_many(shape):
     np.testing.assert_allclose(norm(x), expected, rtol=1e-6)
 
 
-def test_codes_of_a_cache_are_within_half_a_step_and_padding_is_not_stored(small):
+@pytest.mark.parametrize("kind", CODED)
+def test_codes_of_a_cache_are_within_half_a_step_and_padding_is_not_stored(small, kind):
     keys, values = jax.random.normal(jax.random.key(0), (2, 1, 1, 3, 8))
-    empty = small.empty_cache(1, 4, "int8").layers[0]
+    empty = small.empty_cache(1, 4, CODED[kind]).layers[0]
     layer = empty.store(keys, values, jnp.array([[2, 0, -1]]))
-    assert layer.keys.dtype == layer.values.dtype == jnp.int8
+    assert layer.keys.dtype == layer.values.dtype == CODED[kind]
     for read, written in zip(layer.read(jnp.float32), (keys, values), strict=True):
-        step = np.abs(written).max(axis=-1, keepdims=True) / 127
+        largest = np.abs(written).max(axis=-1, keepdims=True)
+        step = largest / 127 if kind == "int8" else np.maximum(np.abs(written) / 8, largest / 448 * 2.0**-9)
         assert np.all(np.abs(read[:, :, [2, 0]] - written[:, :, :2]) <= 0.501 * step[:, :, :2])
         np.testing.assert_array_equal(read[:, :, [1, 3]], np.zeros((1, 1, 2, 8)))
 
