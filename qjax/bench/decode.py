@@ -29,18 +29,19 @@ from qjax.bench.timing import kernels_of
 from qjax.explain import layers
 from qjax.models import Llama
 from qjax.models.generate import decode, prefill
-from qjax.models.kv_cache import KVCache
+from qjax.models.kv_cache import CODED, KVCache
 from qjax.schemes import Scheme
 
 STEPS = 64
 RUNS = 5
+_NEAR = 0.75  # of a step's time: whatever takes this share of it bounds it
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeCase:
     """One measurement: `batch` rows of `prompt` tokens each, then `STEPS` more. Scheme None is dense.
 
-    `cache` is the dtype of keys and values of past tokens, None being the model's own.
+    `cache` is how keys and values of past tokens are held, of `kv_cache.CODED`; None is as the model's dtype has them.
     """
 
     model: str
@@ -161,7 +162,8 @@ def _measure(case: DecodeCase, subject: Subject, results: Results, steps: int, r
     positions = np.broadcast_to(np.arange(case.prompt, dtype=np.int32), ids.shape)
     with qjax.use(backend=case.backend):
         arguments = (subject.definition, subject.state, ids, positions, None)
-        read = prefill.lower(*arguments, capacity=capacity, cache_dtype=case.cache).compile()
+        kept = None if case.cache is None else CODED[case.cache]
+        read = prefill.lower(*arguments, capacity=capacity, cache_dtype=kept).compile()
         first, cache = jax.block_until_ready(read(*arguments[1:]))
         write = decode.lower(*arguments[:2], first, cache, None, 1, count=steps).compile()
     ttft = _median(lambda: read(*arguments[1:]), runs)
@@ -189,10 +191,10 @@ def _measure(case: DecodeCase, subject: Subject, results: Results, steps: int, r
         "step_us": seconds * 1e6,
         "step_us_min": min(found) * 1e6,
         "step_us_max": max(found) * 1e6,
-        "dense_tok_s": dense["tok_s"] if dense else None,
+        "bf16_tok_s": dense["tok_s"] if dense else None,
         "speedup": case.batch / seconds / dense["tok_s"] if dense else None,
         "ttft_ms": ttft * 1e3,
-        "dense_ttft_ms": dense["ttft_ms"] if dense else None,
+        "bf16_ttft_ms": dense["ttft_ms"] if dense else None,
         "share_of_bandwidth": step_bytes / case.gpus / seconds / results.machine["bandwidth"],
         "weight_bytes": subject.weight_bytes,
         "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
@@ -222,6 +224,21 @@ def _median(run: Callable[[], Any], runs: int) -> float:
         jax.block_until_ready(run())
         found.append(time.perf_counter() - began)
     return statistics.median(found)
+
+
+def bound_of(record: Record) -> str:
+    """What a step's time is made of, in a line: its bytes at the copy bandwidth, its kernels, what is between them."""
+    step, memory = record["step_us"], record["share_of_bandwidth"]
+    text = f"what a step must read takes {memory * step:.0f} us at the copy bandwidth, {memory:.0%} of it"
+    if not record["kernels"]:
+        return text
+    *rows, (_, _, rest, idle) = breakdown(record["kernels"], step)
+    text += f"; {sum(n for _, n, _, _ in rows):.0f} kernels, and {rest:.0f} us between them"
+    if memory >= _NEAR:
+        return f"{text}: bound by memory"
+    if idle >= 1 - _NEAR:
+        return f"{text}: bound by launches"
+    return f"{text}: bound by its kernels, {rows[0][0]} first ({rows[0][3]:.0%})"
 
 
 def breakdown(kernels: Sequence[Record], step_us: float) -> list[tuple[str, int, float, float]]:

@@ -1,4 +1,4 @@
-"""Speedup over bfloat16 against the number of rows: measured, and dashed what the roofline expects."""
+"""Speedup over bfloat16 against the number of rows, measured and expected; tokens a second by scheme and batch."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -89,3 +89,47 @@ def _draw_predictions(panel: "Axes", predictions: Sequence[Prediction], colours:
         mine = sorted((p.m, p.speedup) for p in predictions if p.scheme == scheme)
         style: dict[str, Any] = dict(color=colours[scheme], linestyle="--", linewidth=1, alpha=0.8)
         panel.plot(*zip(*mine, strict=True), **style)
+
+
+def plot_tokens(records: Iterable[Record], title: str = "") -> "Figure":
+    """Tokens a second of all rows together: a panel for each model, a group of bars for each batch, a bar a scheme.
+
+    Args:
+      records: of `decode`; above a bar is how many times the dense model's it is.
+      title: such as the device.
+    """
+    from matplotlib.figure import Figure
+
+    records = list(records)
+    models = list(dict.fromkeys((r["model"], r["prompt"], r["gpus"]) for r in records))
+    names = list(dict.fromkeys(map(_decode_name, records)))
+    figure = Figure(figsize=(4.8 * max(1, len(models)), 3.8), layout="constrained")
+    panels = figure.subplots(1, max(1, len(models)), squeeze=False).flat
+    for key, panel in zip(models, panels, strict=False):
+        mine = [r for r in records if (r["model"], r["prompt"], r["gpus"]) == key]
+        batches = sorted({r["batch"] for r in mine})
+        for i, name in enumerate(names):
+            some = [r for r in mine if _decode_name(r) == name]
+            at = [batches.index(r["batch"]) + (i - (len(names) - 1) / 2) * 0.8 / len(names) for r in some]
+            label = name if panel is panels[0] else None
+            bars = panel.bar(at, [r["tok_s"] for r in some], 0.8 / len(names), color=COLOURS[i % 10], label=label)
+            said = ["" if r["speedup"] is None else f"{r['speedup']:.2f}x" for r in some]
+            panel.bar_label(bars, said, fontsize=7, rotation=90, padding=2)
+        panel.set_yscale("log")
+        panel.margins(y=0.15)
+        panel.set_xticks(range(len(batches)), map(str, batches))
+        gpus = "" if key[2] == 1 else f", {key[2]} GPUs"
+        panel.set_title(f"{key[0]}, prompts of {key[1]}{gpus}", fontsize=10)
+        panel.set_xlabel("batch", fontsize=9)
+        panel.set_ylabel("tokens a second", fontsize=9)
+        panel.grid(axis="y", alpha=0.25, linewidth=0.5)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _decode_name(record: Record) -> str:
+    """What a bar stands for."""
+    cache = "" if record["cache"] == "dense" else f", {record['cache']} cache"
+    backend = "" if record["backend"] == "auto" else f" by {record['backend']}"
+    return record["scheme"] + backend + cache

@@ -118,10 +118,19 @@ def _has_key(record: Record) -> bool:
 
 def read_gemm(folder: Path) -> list[dict[str, Any]]:
     """The documents of a folder that hold records of `gemm`, by file name; other files are passed over."""
+    return _read_all(folder, "gemm")
+
+
+def read_decode(folder: Path) -> list[dict[str, Any]]:
+    """Those that hold records of `decode`."""
+    return _read_all(folder, "decode")
+
+
+def _read_all(folder: Path, op: str) -> list[dict[str, Any]]:
     found = []
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(document, dict) and any(r.get("op") == "gemm" for r in document.get("records", ())):
+        if isinstance(document, dict) and any(r.get("op") == op for r in document.get("records", ())):
             found.append(read(path))
     return found
 

@@ -2,24 +2,27 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from qjax.bench import cases
-from qjax.bench.decode import RUNS, STEPS, bench_decode, breakdown, decode_cases
+from qjax.bench.decode import RUNS, STEPS, bench_decode, bound_of, breakdown, decode_cases
 from qjax.bench.models import GEOMETRIES
 from qjax.bench.records import Record, Results, key_of
 from qjax.cli.tables import show
+from qjax.models.kv_cache import CODED
 
 HELP = "measure how fast models write text, each scheme beside the dense model"
 
 COLUMNS = (
     "model", "scheme", "backend", "cache", "gpus", "batch", "prompt", "tok/s", "of dense", "step us", "bandwidth",
-    "first token ms", "weights GB", "peak GB",
+    "first token ms", "weights GB", "in use GB", "peak GB",
 )  # fmt: skip
 NOTES = (
     "tok/s: of all rows together, greedy, without the host; bandwidth: what a step must read over its time, of this "
     "machine's copy;",
-    "peak: on one device, while prompts are read or tokens written",
+    "in use: weights and cache, of all devices together; peak: on one device, while prompts are read or tokens written",
 )
 
 
@@ -34,13 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schemes", metavar="S,...", default="w4a16,w8a16,fp8", help="default: %(default)s")
     parser.add_argument("--backend", default="auto", help="default: %(default)s")
     parser.add_argument(
-        "--cache", choices=("dense", "int8"), default="dense", help="of past tokens; default: %(default)s"
+        "--cache", choices=("dense", *CODED), default="dense", help="of past tokens; default: %(default)s"
     )
     parser.add_argument("--batches", metavar="B,...", default="1,16,64", help="rows; default: %(default)s")
     parser.add_argument("--prompts", metavar="T,...", default="512", help="tokens of each prompt; default: %(default)s")
     parser.add_argument("--gpus", type=int, default=1, help="cut the model over so many; default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="tokens a row and run; default: %(default)s")
-    parser.add_argument("--explain", action="store_true", help="where the time of a step goes, kernel by kernel")
+    parser.add_argument("--explain", action="store_true", help="where the time of a step goes, and what bounds it")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens a second by scheme as a PNG")
 
 
 def run(args: argparse.Namespace, results: Results) -> None:
@@ -59,10 +63,9 @@ def run(args: argparse.Namespace, results: Results) -> None:
     show(COLUMNS, map(_cells, records), title=title, right=COLUMNS[4:], notes=notes)
     if args.explain:
         for record in records:
-            if record["kernels"]:
-                _explain(record)
-            else:
-                print(f"{record['model']} {record['scheme']}: no profiler here tells kernels apart")
+            _explain(record)
+    if args.plot is not None:
+        _plot(args.plot, records, machine["device"])
 
 
 def _tell(record: Record) -> None:
@@ -86,15 +89,29 @@ def _cells(record: Record) -> tuple[Any, ...]:
         f"{record['share_of_bandwidth']:.0%}",
         f"{record['ttft_ms']:.1f}",
         f"{record['weight_bytes'] / 1e9:.2f}",
+        f"{(record['weight_bytes'] + record['cache_bytes']) / 1e9:.2f}",
         f"{record['peak_bytes'] / 1e9:.2f}",
     )
 
 
 def _explain(record: Record) -> None:
-    """A table of one step."""
+    """A table of one step, and what bounds it."""
     title = f"{record['model']} {record['scheme']}, batch {record['batch']}: a step of {record['step_us']:.0f} us"
+    if not record["kernels"]:
+        print(f"{title}: {bound_of(record)}; no profiler here tells kernels apart")
+        return
     rows = [
         (name, f"{n:.4g}", f"{us:.1f}", f"{share:.1%}")
         for name, n, us, share in breakdown(record["kernels"], record["step_us"])
     ]
-    show(("kernel", "launches", "us", "share"), rows, title=title, right=("launches", "us", "share"))
+    show(
+        ("kernel", "launches", "us", "share"), rows, title=title, right=("launches", "us", "share"),
+        notes=(bound_of(record),),
+    )  # fmt: skip
+
+
+def _plot(path: Path, records: Sequence[Record], device: str) -> None:
+    from qjax.bench.plot import plot_tokens
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_tokens(records, title=f"tokens a second on {device}").savefig(path, dpi=150)

@@ -5,6 +5,7 @@ import sys
 
 from qjax.cli.opening import add_model, add_tokenizer, backend_of, open_model
 from qjax.models.generate import generate
+from qjax.models.kv_cache import CODED
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
 
 HELP = "continue a prompt, streaming the text"
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="draw from the so many likeliest tokens")
     parser.add_argument("--top-p", type=float, help="of those, from the fewest whose probabilities reach this")
     parser.add_argument(
-        "--cache", choices=("dense", "int8"), default="dense", help="of past tokens; default: %(default)s"
+        "--cache", choices=("dense", *CODED), default="dense", help="of past tokens; default: %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")

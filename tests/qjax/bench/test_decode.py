@@ -78,7 +78,7 @@ def test_records_stand_beside_the_dense_model_and_a_run_goes_on(tmp_path) -> Non
     assert len(told) == 4
     dense, quantized = records[0], records[2]
     assert quantized["speedup"] == pytest.approx(quantized["tok_s"] / dense["tok_s"], rel=1e-4)
-    assert quantized["dense_tok_s"] == dense["tok_s"] and dense["speedup"] is None
+    assert quantized["bf16_tok_s"] == dense["tok_s"] and dense["speedup"] is None
     assert quantized["tok_s"] == pytest.approx(1e6 / quantized["step_us"], rel=1e-4)
     assert quantized["weight_bytes"] < dense["weight_bytes"] < dense["peak_bytes"]
     assert dense["cache_bytes"] == 2 * (8 + 4) * 2 * 64 * 4 + 4  # keys, values, lengths
@@ -94,7 +94,7 @@ def test_an_int8_cache_is_measured_beside_a_dense_model_with_its_own(tmp_path) -
     assert bench_decode(decode_cases(["tiny"], [W8A16()], [1], [8], cache="int8"), results, steps=4, runs=2)
     dense, coded = results
     assert (dense["cache"], coded["cache"]) == ("dense", "int8")
-    assert coded["dense_tok_s"] == dense["tok_s"]
+    assert coded["bf16_tok_s"] == dense["tok_s"]
     assert coded["cache_bytes"] == 2 * (8 + 4) * 2 * (64 + 4) + 4  # keys, values, each with a scale; lengths
 
 
