@@ -16,8 +16,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qjax.errors import GenerationError
-from qjax.models.kv_cache import KVCache
+from qjax.models.kv_cache import CODED, KVCache
 from qjax.models.llama import Llama
+from qjax.models.memory import memory_explained
 
 SMALLEST_BUCKET = 16
 # Steps that the device makes without the host, whose part of a step may be longer than the device's. The last block may
@@ -60,15 +61,15 @@ def generate(
       top_p: of those, draw from the fewest whose probabilities reach `top_p`.
       stop_tokens: tokens that end a row, and are its last.
       seed: an int or a key of `jax.random`.
-      cache_dtype: "int8" holds keys and values of past tokens in 8 bits; the model's dtype by default.
+      cache_dtype: "int8" or "fp8" hold keys and values of past tokens in 8 bits; the model's dtype by default.
       callback: called with (row, token) for each new token, in blocks of up to eight.
 
     Returns:
       The new tokens of each row, without its prompt.
 
     Raises:
-      GenerationError: an empty or foreign prompt, more tokens than the model has positions, or a
-        sampling setting out of range.
+      GenerationError: an empty or foreign prompt, more tokens than the model has positions, a
+        sampling setting out of range; or too little memory, with what would fit.
     """
     rows = _check_prompts(prompts, model.config.vocab_size)
     sampling = _check_sampling(temperature, top_k, top_p, seed)
@@ -92,16 +93,18 @@ def generate(
                     if token in stops:
                         running.discard(row)
 
-    first, cache = prefill(definition, state, ids, positions, sampling, capacity=capacity, cache_dtype=kept)
-    block, step = first[None], 1
-    while step < max_new_tokens:
-        # Dispatched before the host waits for the tokens it continues: the device never idles.
-        ahead, cache = decode(definition, state, block[-1], cache, sampling, step, count=BLOCK)
-        emit(block)
-        if not running:
-            return outputs
-        block, step = ahead, step + BLOCK
-    emit(block[: len(block) - (step - max_new_tokens)])
+    a_row = partial(model.empty_cache, 1, capacity, kept)
+    with memory_explained(state, a_row, rows=len(rows), capacity=capacity, coded=kept in CODED.values()):
+        first, cache = prefill(definition, state, ids, positions, sampling, capacity=capacity, cache_dtype=kept)
+        block, step = first[None], 1
+        while step < max_new_tokens:
+            # Dispatched before the host waits for the tokens it continues: the device never idles.
+            ahead, cache = decode(definition, state, block[-1], cache, sampling, step, count=BLOCK)
+            emit(block)
+            if not running:
+                return outputs
+            block, step = ahead, step + BLOCK
+        emit(block[: len(block) - (step - max_new_tokens)])
     return outputs
 
 
@@ -228,9 +231,9 @@ def _check_sampling(
 
 
 def _check_cache(dtype: DTypeLike | None, own: np.dtype) -> np.dtype:
-    found = own if dtype is None else np.dtype(dtype)
-    if found not in (own, np.dtype(np.int8)):
-        raise GenerationError(f"cache_dtype={found}; a cache is int8 or as the model's activations, {own}")
+    found = own if dtype is None else np.dtype(CODED.get(str(dtype), dtype))
+    if found not in (own, *CODED.values()):
+        raise GenerationError(f"cache_dtype={found}; a cache is int8, fp8 or as the model's activations, {own}")
     return found
 
 

@@ -1,5 +1,7 @@
 """Greedy continuations are the reference's, sampling keeps its promises, and little is compiled."""
 
+import dataclasses
+import sys
 from collections import Counter
 
 import chex
@@ -7,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from qjax import devices
 from qjax.errors import GenerationError
 from qjax.models import generate
 from qjax.models.generate import Sampling, bucket, decode, pick, prefill
@@ -39,8 +43,6 @@ def test_one_prefill_and_one_decode_are_compiled_for_each_bucket(small):
 
 
 def test_decoding_takes_over_the_memory_of_the_cache(small):
-    from flax import nnx
-
     definition, state = nnx.split(small)
     ids = positions = np.arange(16, dtype=np.int32)[None]
     tokens, cache = prefill(definition, state, ids, positions, None, capacity=32)
@@ -151,7 +153,7 @@ def test_a_bucket_is_the_next_power_of_two(length):
         (
             [[1]],
             {"cache_dtype": "bfloat16"},
-            "cache_dtype=bfloat16; a cache is int8 or as the model's activations, float32",
+            "cache_dtype=bfloat16; a cache is int8, fp8 or as the model's activations, float32",
         ),
         ([[1]], {"temperature": float("nan")}, "temperature=nan"),
         ([[1]], {"top_k": 0}, "top_k=0"),
@@ -162,3 +164,30 @@ def test_a_bucket_is_the_next_power_of_two(length):
 def test_what_cannot_be_generated_is_refused(small, prompts, settings, message):
     with pytest.raises(GenerationError, match=message):
         generate(small, prompts, **({"max_new_tokens": 1} | settings))
+
+
+def test_where_memory_runs_out_it_says_what_would_fit(small, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    a_row = jax.eval_shape(lambda: small.empty_cache(1, 16))
+    weights, cache = (
+        sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) for tree in (nnx.state(small), a_row)
+    )
+    row = devices.current()
+    monkeypatch.setattr(devices, "current", lambda: dataclasses.replace(row, memory=int((weights + 3.6 * cache) / 0.9)))
+    monkeypatch.setattr(sys.modules["qjax.models.generate"], "prefill", full)
+    with pytest.raises(GenerationError, match="about 3 such rows, or for 7 of 8 tokens, for nearly twice as many with"):
+        generate(small, [[1]] * 7, max_new_tokens=4)
+    monkeypatch.setattr(devices, "current", lambda: dataclasses.replace(row, memory=weights))
+    with pytest.raises(GenerationError, match="weights of fewer bits, or a mesh of more devices"):
+        generate(small, [[1]] * 7, max_new_tokens=4, cache_dtype="int8")
+
+
+def test_other_failures_of_a_program_are_left_as_they_are(small, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+    monkeypatch.setattr(sys.modules["qjax.models.generate"], "prefill", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        generate(small, [[1]], max_new_tokens=4)

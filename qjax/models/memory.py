@@ -1,0 +1,61 @@
+"""What writing text takes of a device's memory; where that is too little, what would fit."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qjax import devices
+from qjax.errors import GenerationError
+
+_USABLE = 0.9  # of a device's memory: the rest is scratch, other programs, gaps
+
+
+@contextlib.contextmanager
+def memory_explained(
+    state: nnx.State, empty_cache: Callable[[], Any], *, rows: int, capacity: int, coded: bool
+) -> Iterator[None]:
+    """Runs what is inside; where XLA runs out of memory, a GenerationError says what takes it and what would fit.
+
+    Args:
+      state: of the model, on its devices.
+      empty_cache: makes the cache of one row of `capacity` tokens; it is asked for shapes only.
+      rows: of the batch.
+      coded: whether the cache is of 8 bits.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = what_fits(state, jax.eval_shape(empty_cache), rows=rows, capacity=capacity, coded=coded)
+        raise GenerationError(said) from error
+
+
+def what_fits(state: nnx.State, row: Any, *, rows: int, capacity: int, coded: bool, memory: int | None = None) -> str:
+    """What weights and cache take of a device, and how many rows or tokens it has room for.
+
+    Args:
+      row: shapes of the cache of one row.
+      memory: bytes of a device; by default what XLA may take of it, else what the table of devices has.
+      (others: as of `memory_explained`)
+    """
+    if memory is None:
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", devices.current().memory)
+    leaves = jax.tree.leaves(state)
+    weights = sum(a.addressable_shards[0].data.nbytes for a in leaves)
+    # A cache is cut by heads over the devices that the weights are cut over.
+    share = weights / sum(a.nbytes for a in leaves)
+    a_token = share * sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(row)) / capacity
+    tokens = max(0, int((_USABLE * memory - weights) / a_token))
+    said = (
+        f"out of memory: of {memory / 1e9:.2f} GB on a device weights take {weights / 1e9:.2f} GB, a cache of {rows} "
+        f"rows of {capacity} tokens {rows * capacity * a_token / 1e9:.2f} GB; "
+    )
+    if tokens < rows:
+        return said + "weights of fewer bits, or a mesh of more devices, leave room for a cache"
+    said += f"there is room for about {tokens // capacity} such rows, or for {rows} of {tokens // rows} tokens"
+    return said if coded else said + ', for nearly twice as many with cache_dtype="int8"'
