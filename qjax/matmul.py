@@ -39,16 +39,17 @@ class _Static:
 
 
 def _forward(static: _Static, x: jax.Array, w: QTensor, act_scale: Any, bias: Any, residual: Any) -> jax.Array:
-    call, beside = static.call, None
+    call, split = static.call, None
     if static.quantize is not None and static.quantize.outliers is not None:
         split = split_outliers(x, static.quantize.outliers, call.stack)
-        x, beside = split.rest, outlier_product(split, w)
+        x = split.rest
     rows = quantized(x, static.quantize, act_scale, call.backend)
-    if beside is None and call.activation not in GATED:
+    if split is None and call.activation not in GATED:
         return product(call)(Operands(rows, w, bias, residual))
     # A gate joins columns that lie far apart, maybe on other devices: it follows the product, in XLA's next fusion.
     bare = dataclasses.replace(call, activation=None, out_dtype=np.dtype("float32"))
     y = product(bare)(Operands(rows, w, bias))
+    beside = None if split is None else outlier_product(split, w, y)
     return apply_epilogue(y, beside, call.activation, residual, call.out_dtype)
 
 
@@ -229,7 +230,6 @@ def matmul(
         product, and a JaxRuntimeError carries its text.)
       BackendError: an unknown backend, or one that cannot do this product, with its reason.
       TypeError: when a gradient with respect to w is taken.
-      NotImplementedError: outliers (LLM.int8) on a mesh of Explicit axes.
     """
     if isinstance(x, QTensor):
         raise QTensorError(f"x is a {x!r}; the weight comes second: matmul(x, w)")
@@ -239,8 +239,6 @@ def matmul(
     mesh, kind = mesh_of(leaves)
     shardings: tuple[Any, ...] = (None, None, None)
     if kind == AxisType.Explicit:
-        if w.scheme.activation is not None and w.scheme.activation.outliers is not None:
-            raise NotImplementedError(f"{w.scheme} on a mesh of Explicit axes; make them Auto or Manual")
         shardings = tuple(None if a is None else jax.typeof(a).sharding for a in (x, bias, residual))
     if kind == AxisType.Manual:
         x = _vary_like(x, leaves)

@@ -5,15 +5,20 @@
 
 Shapes are static: there is room for `capacity(K)` columns, the largest go first, those that find no room stay in `rest`
 (less exact, never wrong), and unused room is zeros. Which columns go depends on all rows that are multiplied together.
+On a mesh of Explicit axes both parts are XLA's to cut, between operands and results that lie as their callers say.
 Source: Dettmers et al., LLM.int8 (2022), section 3.2; the threshold there is 6, and columns beyond it are 0.1 % of all.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
+from qjax.partition import mesh_of
 from qjax.qtensor import QTensor
 
 _SHARE = 64  # one column of so many may leave
@@ -39,6 +44,15 @@ class Split(NamedTuple):
     columns: jax.Array
 
 
+def _cut_by_xla[R](f: Callable[..., R], result: Any, *operands: Any) -> R:
+    """`f(*operands)`; Explicit axes are Auto ones inside, and what comes out lies by `result`, specs like it."""
+    mesh, kind = mesh_of(jax.tree.leaves(operands))
+    if kind != AxisType.Explicit:
+        return f(*operands)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(f, out_sharding=result)(*operands)
+
+
 def split_outliers(x: jax.Array, threshold: float, stack: int = 0, room: int | None = None) -> Split:
     """Takes the columns that reach the threshold out of x.
 
@@ -47,6 +61,12 @@ def split_outliers(x: jax.Array, threshold: float, stack: int = 0, room: int | N
       stack: leading axes that have columns of their own.
       room: how many may leave; `capacity(K)` by default.
     """
+    *lead, k = (*jax.typeof(x).sharding.spec, *(None,) * x.ndim)[: x.ndim]
+    where: Any = PartitionSpec(*lead, k), PartitionSpec(*lead, None), PartitionSpec(*lead[:stack], None)
+    return _cut_by_xla(functools.partial(_split, threshold=threshold, stack=stack, room=room), Split(*where), x)
+
+
+def _split(x: jax.Array, *, threshold: float, stack: int, room: int | None) -> Split:
     k = x.shape[-1]
     rows = tuple(range(stack, x.ndim - 1))
     largest, columns = jax.lax.top_k(
@@ -60,12 +80,17 @@ def split_outliers(x: jax.Array, threshold: float, stack: int = 0, room: int | N
     return Split(rest, outlier_x, columns)
 
 
-def outlier_product(split: Split, w: QTensor) -> jax.Array:
+def outlier_product(split: Split, w: QTensor, like: jax.Array) -> jax.Array:
     """float32 `x[:, O] @ w[O, :]`, w dequantized to x's dtype there: `[*stack, ..., N]`.
 
     Args:
       w: `[*stack, K, N]`, codes of 8 bits.
+      like: the rest's product, beside which it is to lie.
     """
+    return _cut_by_xla(_multiply, jax.typeof(like).sharding.spec, split, w)
+
+
+def _multiply(split: Split, w: QTensor) -> jax.Array:
     stack, dtype = len(w.stack_shape), split.outlier_x.dtype
     assert not isinstance(w.scale, QTensor) and not w.is_packed and w.scheme.block[0] in (None, 1), w.scheme
     group = w.scheme.block[1] or w.in_features

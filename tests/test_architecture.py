@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "qjax.matmul": Row(
         f"{TENSOR} qjax.activations qjax.epilogue qjax.outliers qjax.partition qjax.product qjax.quantize_call"
     ),
-    "qjax.outliers": Row(TENSOR),
+    "qjax.outliers": Row(f"{TENSOR} qjax.partition"),
     "qjax.quantize_call": Row(f"{TENSOR} qjax.activations qjax.partition qjax.dispatch"),
     "qjax.product": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.kernel_call"),
     "qjax.partition": Row(TENSOR),
@@ -110,6 +110,7 @@ MAY_IMPORT = {
         f"{TENSOR} qjax.host_layouts qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"
     ),
     "qjax.models.kv_cache": Row("qjax.activations qjax.schemes"),
+    "qjax.models.memory": Row("qjax.devices", "flax"),
     "qjax.models.decode_attention": Row("qjax.dispatch qjax.devices qjax.partition qjax.models"),
     "qjax.models.decode_layers": Row("qjax.dispatch qjax.devices qjax.kernel_call qjax.models qjax.nnx"),
     "qjax.models.*": Row(f"{PRODUCT} qjax.nnx qjax.checkpoints qjax.progress qjax.sharding", "flax tokenizers"),
