@@ -34,7 +34,7 @@ from qjax.schemes import Scheme
 
 STEPS = 64
 RUNS = 5
-_NEAR = 0.75  # of a step's time: whatever takes this share of it bounds it
+_NEAR = 0.75  # of the copy bandwidth: from there on memory bounds a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +236,7 @@ def bound_of(record: Record) -> str:
     text += f"; {sum(n for _, n, _, _ in rows):.0f} kernels, and {rest:.0f} us between them"
     if memory >= _NEAR:
         return f"{text}: bound by memory"
-    if idle >= 1 - _NEAR:
+    if idle > rows[0][3]:
         return f"{text}: bound by launches"
     return f"{text}: bound by its kernels, {rows[0][0]} first ({rows[0][3]:.0%})"
 

@@ -92,44 +92,45 @@ def _draw_predictions(panel: "Axes", predictions: Sequence[Prediction], colours:
 
 
 def plot_tokens(records: Iterable[Record], title: str = "") -> "Figure":
-    """Tokens a second of all rows together: a panel for each model, a group of bars for each batch, a bar a scheme.
+    """Tokens a second of all rows together against rows: a panel for each model, a line for each scheme.
 
     Args:
-      records: of `decode`; above a bar is how many times the dense model's it is.
+      records: of `decode`; beside a point is how many times the dense model's it is.
       title: such as the device.
     """
     from matplotlib.figure import Figure
 
     records = list(records)
     models = list(dict.fromkeys((r["model"], r["prompt"], r["gpus"]) for r in records))
-    names = list(dict.fromkeys(map(_decode_name, records)))
-    figure = Figure(figsize=(4.8 * max(1, len(models)), 3.8), layout="constrained")
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(map(_decode_name, records)))}
+    figure = Figure(figsize=(4.8 * max(1, len(models)), 4), layout="constrained")
     panels = figure.subplots(1, max(1, len(models)), squeeze=False).flat
-    for key, panel in zip(models, panels, strict=False):
-        mine = [r for r in records if (r["model"], r["prompt"], r["gpus"]) == key]
-        batches = sorted({r["batch"] for r in mine})
-        for i, name in enumerate(names):
-            some = [r for r in mine if _decode_name(r) == name]
-            at = [batches.index(r["batch"]) + (i - (len(names) - 1) / 2) * 0.8 / len(names) for r in some]
-            label = name if panel is panels[0] else None
-            bars = panel.bar(at, [r["tok_s"] for r in some], 0.8 / len(names), color=COLOURS[i % 10], label=label)
-            said = ["" if r["speedup"] is None else f"{r['speedup']:.2f}x" for r in some]
-            panel.bar_label(bars, said, fontsize=7, rotation=90, padding=2)
-        panel.set_yscale("log")
-        panel.margins(y=0.15)
-        panel.set_xticks(range(len(batches)), map(str, batches))
-        gpus = "" if key[2] == 1 else f", {key[2]} GPUs"
-        panel.set_title(f"{key[0]}, prompts of {key[1]}{gpus}", fontsize=10)
-        panel.set_xlabel("batch", fontsize=9)
+    for (model, prompt, gpus), panel in zip(models, panels, strict=False):
+        mine = [r for r in records if (r["model"], r["prompt"], r["gpus"]) == (model, prompt, gpus)]
+        for name in dict.fromkeys(map(_decode_name, mine)):
+            some = sorted((r for r in mine if _decode_name(r) == name), key=lambda r: r["batch"])
+            panel.plot([r["batch"] for r in some], [r["tok_s"] for r in some], "o-", markersize=4, color=colours[name])
+            for r in some:
+                if r["speedup"] is not None:
+                    said = f"{r['speedup']:.2f}x"
+                    panel.annotate(said, (r["batch"], r["tok_s"]), (4, 4), textcoords="offset points", fontsize=7)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.margins(0.15)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter("{x:g}")
+        panel.set_title(f"{model}, prompts of {prompt}" + (f", {gpus} GPUs" if gpus > 1 else ""), fontsize=10)
+        panel.set_xlabel("rows", fontsize=9)
         panel.set_ylabel("tokens a second", fontsize=9)
-        panel.grid(axis="y", alpha=0.25, linewidth=0.5)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+        panel.grid(alpha=0.25, linewidth=0.5)
+    handles = _legend(colours, {}, predicted=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
     return figure
 
 
 def _decode_name(record: Record) -> str:
-    """What a bar stands for."""
+    """What a line stands for."""
     cache = "" if record["cache"] == "dense" else f", {record['cache']} cache"
     backend = "" if record["backend"] == "auto" else f" by {record['backend']}"
     return record["scheme"] + backend + cache

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from qjax.bench import models
-from qjax.bench.decode import Subject, bench_decode, breakdown, decode_cases
+from qjax.bench.decode import Subject, bench_decode, bound_of, breakdown, decode_cases
 from qjax.bench.records import Results, read
 from qjax.bench.timing import count_kernels
 from qjax.cli.main import main
@@ -131,10 +131,28 @@ def test_kernels_of_one_name_are_counted_together_on_the_first_gpu() -> None:
     assert rest == ("between kernels", 0, pytest.approx(3), pytest.approx(3 / 8))
 
 
+@pytest.mark.parametrize(
+    ("step", "memory", "said"),
+    [
+        (
+            100.0,
+            0.8,
+            "takes 80 us at the copy bandwidth, 80% of it; 3 kernels, and 30 us between them: bound by memory",
+        ),
+        (100.0, 0.3, "bound by its kernels, matmul first (60%)"),
+        (300.0, 0.1, "230 us between them: bound by launches"),
+    ],
+)
+def test_a_step_is_bound_by_bytes_kernels_or_what_lies_between(step: float, memory: float, said: str) -> None:
+    kernels = [{"name": "norm", "launches": 2, "us": 10.0}, {"name": "matmul", "launches": 1, "us": 60.0}]
+    assert said in bound_of({"step_us": step, "share_of_bandwidth": memory, "kernels": kernels})
+
+
 def test_the_command_prints_a_table_and_says_where_there_is_no_breakdown(capsys, tmp_path) -> None:
-    sizes = ("--batches", "1", "--prompts", "8", "--steps", "2", "--schemes", "w8a16")
-    argv = ("bench", "decode", "--models", "tiny", *sizes, "--json", str(tmp_path / "d.json"), "--explain")
-    assert main(argv) == 0
+    sizes = ("--batches", "1", "--prompts", "8", "--steps", "2", "--schemes", "w8a16", "--cache", "fp8")
+    files = ("--json", str(tmp_path / "d.json"), "--plot", str(tmp_path / "d.png"))
+    assert main(("bench", "decode", "--models", "tiny", *sizes, *files, "--explain")) == 0
     out, err = capsys.readouterr()
+    assert "us at the copy bandwidth" in out and (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
     assert "w8a16" in out and "dense" in out and "no profiler here tells kernels apart" in out and err == ""
     assert json.loads((tmp_path / "d.json").read_text())["records"][1]["scheme"] == "w8a16"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qjax import devices
-from qjax.bench.plot import plot_speedups
+from qjax.bench.plot import plot_speedups, plot_tokens
 from qjax.bench.predict import predict
 from qjax.schemes import NF4, W4A16, W8A8FP8, W8A8Int8
 
@@ -52,3 +52,20 @@ def test_quantized_x_pays_where_the_tensor_cores_take_it() -> None:
     assert predict(H200, W8A8Int8(), 2048, 8192, 8192).speedup == pytest.approx(2.0, rel=0.02)
     assert predict(H200, W8A8FP8(), 2048, 8192, 8192).speedup == pytest.approx(2.0, rel=0.02)
     assert predict(V100, W4A16(), 1, 4096, 4096).speedup > 3
+
+
+def written(scheme: str, batch: int, tok_s: float, speedup: float | None = None, **others: object) -> dict:
+    size = {"model": "llama", "backend": "auto", "cache": "dense", "prompt": 512, "gpus": 1}
+    return {**size, "scheme": scheme, "batch": batch, "tok_s": tok_s, "speedup": speedup, **others}
+
+
+def test_tokens_a_second_are_a_line_a_scheme_and_say_how_many_times_the_dense_ones() -> None:
+    rows = [written("dense", 1, 250.0), written("dense", 16, 2900.0), written("w4a16", 16, 4200.0, 1.44)]
+    rows += [written("w4a16", 1, 520.0, 2.07), written("w4a16", 1, 900.0, 1.9, cache="int8", gpus=2)]
+    one, two = plot_tokens(rows, title="H200").axes
+    assert (one.get_title(), two.get_title()) == ("llama, prompts of 512", "llama, prompts of 512, 2 GPUs")
+    lines = [tuple(map(list, line.get_data())) for line in one.lines]
+    assert lines == [([1, 16], [250.0, 2900.0]), ([1, 16], [520.0, 4200.0])]
+    assert [text.get_text() for text in one.texts] == ["2.07x", "1.44x"]
+    legend = {text.get_text() for text in one.figure.legends[0].get_texts()}
+    assert legend == {"dense", "w4a16", "w4a16, int8 cache"}
