@@ -1,4 +1,4 @@
-"""What do the pages say that was measured? Writes tables of `results/gemm-*.json` into the pages that quote them.
+"""What do the pages say that was measured? Writes tables of `results/*.json` into the pages that quote them.
 
     python -m benchmarks.quote            rewrites every block of README.md and docs/ that has results
     python -m benchmarks.quote --check    changes nothing; exits with 1 where a page says something else
@@ -90,11 +90,26 @@ def triton(records: Records) -> str:
     return _by_scheme(records, "triton", parse_rows(ROWS))
 
 
+def decode(records: Records) -> str:
+    """Whole models: tokens a second of all rows, beside the dense model's."""
+    batches = sorted({r["batch"] for r in records})
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for r in records:
+        gpus = f", {r['gpus']} GPUs" if r["gpus"] > 1 else ""
+        cache = "" if r["cache"] == "dense" else f", {r['cache']} cache"
+        said = f"{r['tok_s']:.0f} tok/s" + ("" if r["speedup"] is None else f", {r['speedup']:.2f}x")
+        name = f"{r['model']}, {r['prompt']} tokens read{gpus}", f"`{r['scheme']}`{cache}"
+        lines.setdefault(name, {})[r["batch"]] = said
+    rows = [[*name, *(found.get(batch, "-") for batch in batches)] for name, found in lines.items()]
+    return table(["model", "scheme", *(f"batch {batch}" for batch in batches)], rows)
+
+
 TABLES: dict[str, Callable[[Records], str]] = {
     "by-shape": by_shape,
     "by-scheme": by_scheme,
     "by-rows": by_rows,
     "triton": triton,
+    "decode": decode,
 }
 
 

@@ -67,6 +67,21 @@ def test_a_table_of_one_backend_has_no_other_records(results: Path) -> None:
     assert " us" not in lines["| `w4a16:group_size=128`"]
 
 
+def test_tokens_a_second_stand_beside_the_dense_models(tmp_path: Path) -> None:
+    size = {"op": "decode", "model": "llama-2-7b", "backend": "auto", "prompt": 512, "gpus": 1}
+    records = [
+        {**size, "scheme": "dense", "cache": "dense", "batch": 1, "tok_s": 250.4, "speedup": None},
+        {**size, "scheme": "nf4", "cache": "dense", "batch": 16, "tok_s": 4000.0, "speedup": 1.4},
+        {**size, "scheme": "nf4", "cache": "int8", "batch": 1, "gpus": 2, "tok_s": 700.0, "speedup": 2.8},
+    ]
+    (tmp_path / "gemm-h200.json").write_text(json.dumps({**DOCUMENT, "records": records}))
+    text = quote.quoted(block("decode"), tmp_path, tmp_path)
+    assert "| model | scheme | batch 1 | batch 16 |\n" in text
+    assert "| llama-2-7b, 512 tokens read | `dense` | 250 tok/s | - |\n" in text
+    assert "| llama-2-7b, 512 tokens read | `nf4` | - | 4000 tok/s, 1.40x |\n" in text
+    assert "| llama-2-7b, 512 tokens read, 2 GPUs | `nf4`, int8 cache | 700 tok/s, 2.80x | - |\n" in text
+
+
 def test_a_block_without_results_stays_as_it_is(tmp_path: Path) -> None:
     assert quote.quoted(block("by-scheme"), tmp_path, tmp_path) == block("by-scheme")
 
