@@ -110,6 +110,7 @@ MAY_IMPORT = {
         f"{TENSOR} qjax.host_layouts qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"
     ),
     "qjax.models.kv_cache": Row("qjax.activations qjax.schemes"),
+    "qjax.models.prefill": Row(f"{TENSOR} qjax.checkpoints.activations qjax.dispatch.choose qjax.kernel_call", "flax"),
     "qjax.models.memory": Row("qjax.devices", "flax"),
     "qjax.models.decode_attention": Row("qjax.dispatch qjax.devices qjax.partition qjax.models"),
     "qjax.models.decode_layers": Row("qjax.dispatch qjax.devices qjax.kernel_call qjax.models qjax.nnx"),

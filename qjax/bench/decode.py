@@ -5,10 +5,12 @@ every row without the host. Schemes run one after another, dense first; only one
 
     tok/s = batch * STEPS / median time of the program          share = bytes a step must read / time / copy bandwidth
 
+`ttft_8bit_ms` is the time of a prompt read with x in 8 bits, where `qjax.models.prefill` has that for the scheme.
 A step must read every layer's kernels and the head once, and of the cache what lies before the middle of the run.
 """
 
 import dataclasses
+import functools
 import itertools
 import statistics
 import time
@@ -30,6 +32,7 @@ from qjax.explain import layers
 from qjax.models import Llama
 from qjax.models.generate import decode, prefill
 from qjax.models.kv_cache import CODED, KVCache
+from qjax.models.prefill import for_prompts
 from qjax.schemes import Scheme
 
 STEPS = 64
@@ -154,24 +157,50 @@ class Subject:
         return cls(definition, state, model, weighs, kernels + tied)
 
 
-def _measure(case: DecodeCase, subject: Subject, results: Results, steps: int, runs: int) -> Record:
-    """Times prefill and decoding of one case."""
-    capacity = case.prompt + steps
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """What is timed of a case: `read` and `read_coded` (x in 8 bits, or None) take nothing; `write` is `decode`."""
+
+    read: Callable[[], Any]
+    read_coded: Callable[[], Any] | None
+    write: Any
+    first: jax.Array
+    cache: KVCache
+    peak: int
+
+
+def _compiled(case: DecodeCase, subject: Subject, steps: int) -> _Programs:
+    """Compiles a case's programs, and reads the prompts once."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, subject.model.config.vocab_size, (case.batch, case.prompt), dtype=np.int32)
-    positions = np.broadcast_to(np.arange(case.prompt, dtype=np.int32), ids.shape)
+    prompt = ids, np.broadcast_to(np.arange(case.prompt, dtype=np.int32), ids.shape), None
+    kept = None if case.cache is None else CODED[case.cache]
+    lower = functools.partial(prefill.lower, subject.definition, capacity=case.prompt + steps, cache_dtype=kept)
     with qjax.use(backend=case.backend):
-        arguments = (subject.definition, subject.state, ids, positions, None)
-        kept = None if case.cache is None else CODED[case.cache]
-        read = prefill.lower(*arguments, capacity=capacity, cache_dtype=kept).compile()
-        first, cache = jax.block_until_ready(read(*arguments[1:]))
-        write = decode.lower(*arguments[:2], first, cache, None, 1, count=steps).compile()
-    ttft = _median(lambda: read(*arguments[1:]), runs)
-    start = cache.lengths
+        read = lower(subject.state, *prompt).compile()
+        first, cache = jax.block_until_ready(read(subject.state, *prompt))
+        write = decode.lower(subject.definition, subject.state, first, cache, None, 1, count=steps).compile()
+        coded = for_prompts(subject.state, ids.size, subject.model.dtype)
+        structures: list[Any] = [jax.tree.structure(state) for state in (coded, subject.state)]
+        other = None if structures[0] == structures[1] else lower(coded, *prompt).compile()
+    return _Programs(
+        functools.partial(read, subject.state, *prompt),
+        None if other is None else functools.partial(other, coded, *prompt),
+        write, first, cache, max(_peak(read), _peak(write)),
+    )  # fmt: skip
+
+
+def _measure(case: DecodeCase, subject: Subject, results: Results, steps: int, runs: int) -> Record:
+    """Times prefill and decoding of one case."""
+    programs = _compiled(case, subject, steps)
+    ttft = _median(programs.read, runs)
+    ttft_8bit = None if programs.read_coded is None else _median(programs.read_coded, runs)
+    cache, start = programs.cache, programs.cache.lengths
 
     def again(cache: KVCache) -> KVCache:
         """One run on a cache that is given up; the same slots are written each time."""
-        _, cache = write(subject.state, first, dataclasses.replace(cache, lengths=start + 0), None, 1)
+        given = dataclasses.replace(cache, lengths=start + 0)
+        _, cache = programs.write(subject.state, programs.first, given, None, 1)
         return jax.block_until_ready(cache)
 
     cache = again(cache)
@@ -182,7 +211,7 @@ def _measure(case: DecodeCase, subject: Subject, results: Results, steps: int, r
         found.append((time.perf_counter() - began) / steps)
     seconds = statistics.median(found)
     kernels = kernels_of(lambda: again(cache), steps) if devices.current().platform == "gpu" else []
-    per_token = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)) / capacity
+    per_token = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)) / (case.prompt + steps)
     step_bytes = subject.step_bytes + per_token * (case.prompt + steps / 2)
     dense = next((r for r in results if _beside(r, case)), None)
     return {
@@ -194,11 +223,12 @@ def _measure(case: DecodeCase, subject: Subject, results: Results, steps: int, r
         "bf16_tok_s": dense["tok_s"] if dense else None,
         "speedup": case.batch / seconds / dense["tok_s"] if dense else None,
         "ttft_ms": ttft * 1e3,
+        "ttft_8bit_ms": None if ttft_8bit is None else ttft_8bit * 1e3,
         "bf16_ttft_ms": dense["ttft_ms"] if dense else None,
         "share_of_bandwidth": step_bytes / case.gpus / seconds / results.machine["bandwidth"],
         "weight_bytes": subject.weight_bytes,
         "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
-        "peak_bytes": max(_peak(read), _peak(write)),
+        "peak_bytes": programs.peak,
         "steps": steps,
         "kernels": kernels,
     }

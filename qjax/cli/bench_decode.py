@@ -17,11 +17,12 @@ HELP = "measure how fast models write text, each scheme beside the dense model"
 
 COLUMNS = (
     "model", "scheme", "backend", "cache", "gpus", "batch", "prompt", "tok/s", "of dense", "step us", "bandwidth",
-    "first token ms", "weights GB", "in use GB", "peak GB",
+    "first token ms", "x in 8 bits", "weights GB", "in use GB", "peak GB",
 )  # fmt: skip
 NOTES = (
     "tok/s: of all rows together, greedy, without the host; bandwidth: what a step must read over its time, of this "
     "machine's copy;",
+    "first token: prompts read as the scheme says; x in 8 bits: with that (generate(prompt_activations='8bit'));",
     "in use: weights and cache, of all devices together; peak: on one device, while prompts are read or tokens written",
 )
 
@@ -88,6 +89,7 @@ def _cells(record: Record) -> tuple[Any, ...]:
         f"{record['step_us']:.0f}",
         f"{record['share_of_bandwidth']:.0%}",
         f"{record['ttft_ms']:.1f}",
+        f"{record['ttft_8bit_ms']:.1f}" if record.get("ttft_8bit_ms") else None,
         f"{record['weight_bytes'] / 1e9:.2f}",
         f"{(record['weight_bytes'] + record['cache_bytes']) / 1e9:.2f}",
         f"{record['peak_bytes'] / 1e9:.2f}",

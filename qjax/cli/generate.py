@@ -6,6 +6,7 @@ import sys
 from qjax.cli.opening import add_model, add_tokenizer, backend_of, open_model
 from qjax.models.generate import generate
 from qjax.models.kv_cache import CODED
+from qjax.models.prefill import CHOICES
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
 
 HELP = "continue a prompt, streaming the text"
@@ -25,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", choices=("dense", *CODED), default="dense", help="of past tokens; default: %(default)s"
     )
+    parser.add_argument(
+        "--prompt-activations", choices=CHOICES, default="scheme",
+        help="how x is quantized while the prompt is read; default: as the weights' schemes say",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
 
@@ -42,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
                 [prompt],
                 max_new_tokens=args.max_new_tokens,
                 cache_dtype=None if args.cache == "dense" else args.cache,
+                prompt_activations=args.prompt_activations,
                 temperature=args.temperature,
                 top_k=args.top_k,
                 top_p=args.top_p,

@@ -19,6 +19,7 @@ from qjax.errors import GenerationError
 from qjax.models.kv_cache import CODED, KVCache
 from qjax.models.llama import Llama
 from qjax.models.memory import memory_explained
+from qjax.models.prefill import reader_of
 
 SMALLEST_BUCKET = 16
 # Steps that the device makes without the host, whose part of a step may be longer than the device's. The last block may
@@ -48,6 +49,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     seed: int | jax.Array = 0,
     cache_dtype: DTypeLike | None = None,
+    prompt_activations: str = "scheme",
     callback: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens.
@@ -62,6 +64,8 @@ def generate(
       stop_tokens: tokens that end a row, and are its last.
       seed: an int or a key of `jax.random`.
       cache_dtype: "int8" or "fp8" hold keys and values of past tokens in 8 bits; the model's dtype by default.
+      prompt_activations: "8bit" reads prompts with x in 8 bits by those weights that have a scheme for it and are
+        expected to be faster so (`qjax.models.prefill`); "scheme" as the weights' schemes say, in both phases.
       callback: called with (row, token) for each new token, in blocks of up to eight.
 
     Returns:
@@ -93,9 +97,10 @@ def generate(
                     if token in stops:
                         running.discard(row)
 
+    reader = reader_of(state, prompt_activations, ids.size, model.dtype)
     a_row = partial(model.empty_cache, 1, capacity, kept)
     with memory_explained(state, a_row, rows=len(rows), capacity=capacity, coded=kept in CODED.values()):
-        first, cache = prefill(definition, state, ids, positions, sampling, capacity=capacity, cache_dtype=kept)
+        first, cache = prefill(definition, reader, ids, positions, sampling, capacity=capacity, cache_dtype=kept)
         block, step = first[None], 1
         while step < max_new_tokens:
             # Dispatched before the host waits for the tokens it continues: the device never idles.

@@ -94,6 +94,16 @@ def test_generation_may_fill_the_last_position(small):
     assert np.argmax(logits[0, 29:-1], axis=-1).tolist() == rows[0]
 
 
+def test_a_long_prompt_up_to_the_limit_and_a_short_one_are_each_written_as_alone(pylm, reference):
+    long = np.resize(reference["prompt0_ids"], pylm.config.max_positions - 12).tolist()
+    short = reference["prompt1_ids"].tolist()
+    together = generate(pylm, [long, short], max_new_tokens=12)
+    assert generate(pylm, [short], max_new_tokens=12) == together[1:]
+    whole = jnp.asarray([long + together[0]])
+    logits = np.asarray(jax.jit(lambda ids: pylm(ids))(whole))[0, len(long) - 1 : -1]
+    assert np.argmax(logits, axis=-1).tolist() == together[0]
+
+
 def draws(logits: list[float], count: int = 4000, **settings: float) -> Counter:
     values = {key: jnp.asarray(value) for key, value in settings.items()}
     sampling = Sampling(
