@@ -31,20 +31,13 @@ def memory_explained(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = what_fits(state, jax.eval_shape(empty_cache), rows=rows, capacity=capacity, coded=coded)
-        raise GenerationError(said) from error
+        said = _what_fits(state, jax.eval_shape(empty_cache), rows, capacity)
+        raise GenerationError(said if coded else f'{said}; cache_dtype="int8" takes about half') from error
 
 
-def what_fits(state: nnx.State, row: Any, *, rows: int, capacity: int, coded: bool, memory: int | None = None) -> str:
-    """What weights and cache take of a device, and how many rows or tokens it has room for.
-
-    Args:
-      row: shapes of the cache of one row.
-      memory: bytes of a device; by default what XLA may take of it, else what the table of devices has.
-      (others: as of `memory_explained`)
-    """
-    if memory is None:
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", devices.current().memory)
+def _what_fits(state: nnx.State, row: Any, rows: int, capacity: int) -> str:
+    """What weights and cache take of a device, and how many rows or tokens it has room for; `row`: shapes of a row's."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", devices.current().memory)
     leaves = jax.tree.leaves(state)
     weights = sum(a.addressable_shards[0].data.nbytes for a in leaves)
     # A cache is cut by heads over the devices that the weights are cut over.
@@ -56,6 +49,7 @@ def what_fits(state: nnx.State, row: Any, *, rows: int, capacity: int, coded: bo
         f"rows of {capacity} tokens {rows * capacity * a_token / 1e9:.2f} GB; "
     )
     if tokens < rows:
-        return said + "weights of fewer bits, or a mesh of more devices, leave room for a cache"
-    said += f"there is room for about {tokens // capacity} such rows, or for {rows} of {tokens // rows} tokens"
-    return said if coded else said + ', for nearly twice as many with cache_dtype="int8"'
+        return f"{said}weights of fewer bits, or a mesh of more devices, leave room for a cache"
+    if tokens >= rows * capacity:
+        return f"{said}they would fit: what is left is too little to read so many prompts at once"
+    return f"{said}there is room for about {tokens // capacity} such rows, or for {rows} of {tokens // rows} tokens"

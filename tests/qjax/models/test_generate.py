@@ -187,11 +187,16 @@ def test_where_memory_runs_out_it_says_what_would_fit(small, monkeypatch):
     row = devices.current()
     monkeypatch.setattr(devices, "current", lambda: dataclasses.replace(row, memory=int((weights + 3.6 * cache) / 0.9)))
     monkeypatch.setattr(sys.modules["qjax.models.generate"], "prefill", full)
-    with pytest.raises(GenerationError, match="about 3 such rows, or for 7 of 8 tokens, for nearly twice as many with"):
+    with pytest.raises(
+        GenerationError, match='about 3 such rows, or for 7 of 8 tokens; cache_dtype="int8" takes about half'
+    ):
         generate(small, [[1]] * 7, max_new_tokens=4)
     monkeypatch.setattr(devices, "current", lambda: dataclasses.replace(row, memory=weights))
     with pytest.raises(GenerationError, match="weights of fewer bits, or a mesh of more devices"):
         generate(small, [[1]] * 7, max_new_tokens=4, cache_dtype="int8")
+    monkeypatch.setattr(devices, "current", lambda: dataclasses.replace(row, memory=2 * (weights + 9 * cache)))
+    with pytest.raises(GenerationError, match="they would fit: what is left is too little"):
+        generate(small, [[1]] * 7, max_new_tokens=4)
 
 
 def test_other_failures_of_a_program_are_left_as_they_are(small, monkeypatch):
