@@ -36,7 +36,7 @@ def memory_explained(
 
 
 def _what_fits(state: nnx.State, row: Any, rows: int, capacity: int) -> str:
-    """What weights and cache take of a device, and how many rows or tokens it has room for; `row`: shapes of a row's."""
+    """What weights and cache take of a device, and how many rows or tokens it has room for; `row`: a row's shapes."""
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", devices.current().memory)
     leaves = jax.tree.leaves(state)
     weights = sum(a.addressable_shards[0].data.nbytes for a in leaves)
