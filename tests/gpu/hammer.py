@@ -179,7 +179,7 @@ def hammer(jobs: Sequence[Job], start: int, seconds: float) -> tuple[Counter[str
     for i in itertools.count(start):
         if time.monotonic() > until:
             return runs, wrong
-        pair = [(jobs[(i + ahead * (1 + start)) % len(jobs)], (i + ahead) % _SETS) for ahead in range(2)]
+        pair = [(jobs[(i + ahead * (1 + start)) % len(jobs)], (i // len(jobs) + ahead) % _SETS) for ahead in range(2)]
         on_their_way = [job.run(job.given[index]) for job, index in pair]
         for (job, index), (y, _) in zip(pair, on_their_way, strict=True):
             runs[job.name] += 1
