@@ -52,13 +52,14 @@ def with_graph(cases: list[Case]) -> set[Case]:
 
 
 def sanitized(routes: tuple[Route, ...], seed: int) -> list[Case]:
-    """One small case for each kernel and format, and for each of x's."""
+    """One small case for each kernel and format, and for each granularity of x's codes where it meets those."""
     products = [Product(s, *shape, transposed=t) for s, shape, t in itertools.product(SCHEMES, SMALL, (False, True))]
     pairs = ((route, p) for p in products for route in routes if claimed(route, p))
 
     def facets(pair: tuple[Route, Product]) -> Iterator[Hashable]:
-        problem = pair[1].problem
-        yield pair[0].name, problem.scheme.weight, problem.x_format, problem.x_granularity
+        route, problem = pair[0], pair[1].problem
+        codes = route.x_formats is not None and problem.x_format in route.x_formats
+        yield route.name, problem.scheme.weight, problem.x_granularity if codes else None
 
     taken = covering(pairs, facets, seed)
     return [Case(route, p, seed) for route, p in taken]

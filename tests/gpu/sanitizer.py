@@ -45,7 +45,7 @@ class Sanitizer:
             self._child = self._start(first=0)
 
     def _start(self, first: int) -> subprocess.Popen[str]:
-        both = dict(stdout=self._said, stderr=subprocess.STDOUT, start_new_session=True)
+        both = dict(stdout=self._said, stderr=subprocess.STDOUT, process_group=0)
         return subprocess.Popen([*self._command, str(first)], env=os.environ | _ENVIRONMENT, text=True, **both)
 
     def _end(self, child: subprocess.Popen[str]) -> None:
