@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", metavar="T,...", default="512", help="tokens of each prompt; default: %(default)s")
     parser.add_argument("--gpus", type=int, default=1, help="cut the model over so many; default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="tokens a row and run; default: %(default)s")
+    parser.add_argument("--alone", action="store_true", help="without the dense model beside, which may not fit")
     parser.add_argument("--explain", action="store_true", help="where the time of a step goes, and what bounds it")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens a second by scheme as a PNG")
 
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace, results: Results) -> None:
     models = [name.strip() for name in args.models.split(",")]
     schemes, cache = cases.parse_schemes(args.schemes), None if args.cache == "dense" else args.cache
     wanted = decode_cases(models, schemes, *sizes, backend=backend, gpus=args.gpus, cache=cache)
+    wanted = [case for case in wanted if case.scheme is not None or not args.alone]
     bench_decode(wanted, results, steps=args.steps, runs=RUNS, budget=args.limit, report=_tell)
     keys = {case.key for case in wanted}
     records = [record for record in results if key_of(record) in keys]

@@ -156,3 +156,6 @@ def test_the_command_prints_a_table_and_says_where_there_is_no_breakdown(capsys,
     assert "us at the copy bandwidth" in out and (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
     assert "w8a16" in out and "dense" in out and "no profiler here tells kernels apart" in out and err == ""
     assert json.loads((tmp_path / "d.json").read_text())["records"][1]["scheme"] == "w8a16"
+    assert main(("bench", "decode", "--models", "tiny", *sizes, "--alone", "--json", str(tmp_path / "e.json"))) == 0
+    (record,) = json.loads((tmp_path / "e.json").read_text())["records"]
+    assert record["scheme"] == "w8a16" and record["speedup"] is None
