@@ -23,6 +23,8 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu" if "--rehearse" in sys.argv else os.environ.get("JAX_PLATFORMS", "")
 
 import jax
+from gpu.attention_checks import CASES as ATTENTIONS
+from gpu.attention_checks import AttentionCase, check_attention, claimed
 from gpu.kernel_checks import Case, check, compile_case
 from gpu.kernel_selection import rehearsed, selected, with_graph
 from gpu.results import Results
@@ -56,6 +58,22 @@ def run_cases(cases: list[Case], graphs: set[Case], deadline: float, results: Re
                 print(f"{done + 1} of {len(cases)}, {len(results.failures)} failed", flush=True)
 
 
+def run_attentions(cases: list[AttentionCase], deadline: float, results: Results) -> None:
+    """The same for the kernel of decode's attention."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        checked = {case: pool.submit(check_attention, case) for case in cases}
+        for case, future in checked.items():
+            if time.monotonic() > deadline:
+                future.cancel()
+                results.skip(str(case), "no time left")
+                continue
+            try:
+                wrong = future.result()
+            except Exception as error:  # as above
+                wrong = [f"{type(error).__name__}: {error}"]
+            results.add(str(case), wrong, ["attention"])
+
+
 def report(tool: Sanitizer, results: Results) -> None:
     """Adds what a sanitizer found."""
     wrong, skipped = tool.outcome(_SANITIZER_LIMIT)
@@ -87,6 +105,7 @@ def main() -> int:
     print(f"{len(cases)} cases on {device}, seed {given.seed}", flush=True)
     whole = not (given.rehearse or given.only)
     tools = [Sanitizer(tool, given.seed) for tool in ("memcheck", "racecheck")] if whole else []
+    run_attentions([case for case in ATTENTIONS if given.only in str(case) and claimed(case)], deadline, results)
     run_cases(cases, set() if given.rehearse else with_graph(cases), deadline, results)
     for tool in tools:
         report(tool, results)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu import hammer
+from gpu import attention_checks, hammer
 from gpu.kernel_checks import Case, check, compile_case, quantization
 from gpu.kernel_selection import rehearsed
 from gpu.sanitizer import Sanitizer
@@ -124,3 +124,11 @@ def test_a_sanitizer_that_dies_names_the_case_and_goes_on_behind_it(code, said, 
     assert wrong[0].startswith("exit code -11 after ['begins 1 case 1']")
     assert all(text.startswith(start) for text, start in zip(wrong[1:], said, strict=True))
     assert "case 3 done" in " ".join(sanitizer._lines())
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "float8_e4m3fn"])
+def test_attention_that_is_right_passes_and_another_window_is_found(kind: str | None) -> None:
+    case = attention_checks.AttentionCase(4, 2, 16, 48, kind=kind, window=7)
+    assert not attention_checks.check_attention(case, interpret=True)
+    (said,) = attention_checks.check_attention(case, interpret=True, window=8)
+    assert "a result is" in said
