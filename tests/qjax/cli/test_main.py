@@ -333,6 +333,7 @@ def test_generate_from_a_quantized_folder_ends_before_a_stop_text(
     int4: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ("generate", int4, "--prompt", "def f(self):\n    return", "--max-new-tokens", 24)
+    assert run(capsys, *argv, "--cache", "int8", "--prompt-activations", "8bit")
     whole = run(capsys, *argv).removesuffix("\n")
     stop = whole[9:14]
     assert run(capsys, *argv, "--stop", stop, "--stop", "never") == whole[: whole.index(stop)] + "\n"

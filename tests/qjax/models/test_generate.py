@@ -94,6 +94,7 @@ def test_generation_may_fill_the_last_position(small):
     assert np.argmax(logits[0, 29:-1], axis=-1).tolist() == rows[0]
 
 
+@pytest.mark.slow
 def test_a_long_prompt_up_to_the_limit_and_a_short_one_are_each_written_as_alone(pylm, reference):
     long = np.resize(reference["prompt0_ids"], pylm.config.max_positions - 12).tolist()
     short = reference["prompt1_ids"].tolist()
