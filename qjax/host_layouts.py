@@ -1,9 +1,7 @@
 """The packed order of `qjax.layouts` in NumPy: codes of a file -> words, without a device and a cacheful at a time.
 
-Where codes are nibbles in words already, none is taken out: a word holds 8 of them at places of three bits, the words
-of a block are numbered by more bits, and packing swaps bits of the one number for bits of the other (`_swap`), which
-takes six operations on two arrays of words. Arrays that are transposed have rows a little longer than they need: rows
-that begin a power of two apart share a few lines of the cache.
+Arrays that are transposed have rows a little longer than they need: rows that begin a power of two apart share a few
+lines of the cache.
 """
 
 import math
@@ -13,15 +11,7 @@ import numpy as np
 
 from qjax.layouts import BLOCK, PLANES
 
-NIBBLES = 8  # in a word
 _LINE = 16  # words of a cache line
-
-# Bit of a nibble's place in its word -> how far apart the two places are, and which bits have a 0 there.
-_APART = (
-    (np.array(4, np.uint32), np.array(0x0F0F0F0F, np.uint32)),
-    (np.array(8, np.uint32), np.array(0x00FF00FF, np.uint32)),
-    (np.array(16, np.uint32), np.array(0x0000FFFF, np.uint32)),
-)
 
 
 class _Scratch(threading.local):
@@ -79,70 +69,3 @@ def _merged(codes: np.ndarray, low: int, width: int, bits: int) -> np.ndarray:
         np.left_shift(more, np.uint64(place * width), out=more)
         np.bitwise_or(codes[0], more, out=codes[0])
     return np.asarray(codes[0])
-
-
-def pack_nibble_columns(words: np.ndarray, out: np.ndarray) -> None:
-    """Repacks 4-bit codes that lie along K in words, the first one lowest; K comes first.
-
-    Args:
-      words: uint32 `[K/8, R]`, K whole blocks.
-      out: uint32 `[R, K/128, 16]` to fill.
-    """
-    count, rows = words.shape
-    blocks = words.reshape(count // 16, 4, 2, 2, rows)  # j, s, h; a nibble's place is 4*c1 + 2*c0 + l
-    moved = _SCRATCH.copy(blocks.transpose(3, 2, 0, 1, 4))
-    _along_k(moved)
-    turned = _SCRATCH.array("turned", (count // 16, 2, 2, 4, rows + _LINE), np.uint32)  # c1, c0, j
-    turned[..., :rows] = moved.transpose(2, 0, 1, 3, 4)
-    out[...] = turned.reshape(-1, 16, rows + _LINE)[:, :, :rows].transpose(2, 0, 1)
-
-
-def pack_nibble_rows(words: np.ndarray, out: np.ndarray) -> None:
-    """As `pack_nibble_columns`, of words `[R, K/8]`."""
-    rows, count = words.shape
-    blocks = words.reshape(rows, count // 16, 4, 2, 2)  # j, s, h
-    moved = _SCRATCH.copy(blocks.transpose(4, 3, 0, 1, 2))
-    _along_k(moved)
-    four = np.dtype((np.void, 16))  # the words of all j
-    out.view(four)[...] = moved.reshape(4, rows, -1).view(four).reshape(4, rows, -1).transpose(1, 2, 0)
-
-
-def _along_k(moved: np.ndarray) -> None:
-    """Words `[h, s, ...]` whose nibbles are at places 4*c1 + 2*c0 + l -> `[c1, c0, ...]`, in place."""
-    scratch = _SCRATCH.array("swapped", moved.shape[1:], np.uint32)
-    _swap(moved[0], moved[1], 0, scratch)  # h for l
-    for middle in moved:
-        _swap(middle[0], middle[1], 1, scratch[0])  # s for c0
-    _swap(moved[0], moved[1], 2, scratch)  # l for c1
-
-
-def pack_nibbles_across(words: np.ndarray, out: list[np.ndarray]) -> None:
-    """Repacks 4-bit codes that lie along N in words.
-
-    Args:
-      words: uint32 `[K, C]`, K whole blocks.
-      out: uint32 `[C, K/128, 16]` for each nibble of a word from the lowest, to fill.
-    """
-    k, columns = words.shape
-    digits = words.reshape(k // BLOCK, 4, 2, 2, 4, 2, columns)  # j, s, h, c, l
-    moved = _SCRATCH.array("turned", (2, 2, 2, k // BLOCK, 4, 4, columns + _LINE), np.uint32)
-    moved[..., :columns] = digits.transpose(5, 2, 3, 0, 4, 1, 6)
-    scratch = _SCRATCH.array("swapped", moved.shape[1:], np.uint32)
-    _swap(moved[0], moved[1], 2, scratch)  # l
-    for half in moved:
-        _swap(half[0], half[1], 1, scratch[0])  # s
-        for quarter in half:
-            _swap(quarter[0], quarter[1], 0, scratch[0, 0])  # h
-    for nibble, rows in enumerate(moved.reshape(NIBBLES, -1, 16, columns + _LINE)):
-        out[nibble][...] = rows[:, :, :columns].transpose(2, 0, 1)
-
-
-def _swap(zero: np.ndarray, one: np.ndarray, bit: int, scratch: np.ndarray) -> None:
-    """Swaps the bit that tells the two arrays apart for a bit of the nibbles' places, in place."""
-    apart, low = _APART[bit]
-    np.right_shift(zero, apart, out=scratch)
-    np.bitwise_xor(scratch, one, out=scratch)
-    np.bitwise_and(scratch, low, out=scratch)
-    np.bitwise_xor(one, scratch, out=one)
-    np.left_shift(scratch, apart, out=scratch)
-    np.bitwise_xor(zero, scratch, out=zero)

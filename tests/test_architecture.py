@@ -107,7 +107,8 @@ MAY_IMPORT = {
         "flax",
     ),
     "qjax.checkpoints.*": Row(
-        f"{TENSOR} qjax.host_layouts qjax.scheme_json qjax.dequantize", "safetensors orbax huggingface_hub gguf"
+        f"{TENSOR} qjax.host_layouts qjax.scheme_json qjax.dequantize qjax.dispatch",
+        "safetensors orbax huggingface_hub gguf",
     ),
     "qjax.models.kv_cache": Row("qjax.activations qjax.schemes"),
     "qjax.models.prefill": Row(f"{TENSOR} qjax.checkpoints.activations qjax.dispatch.choose qjax.kernel_call", "flax"),

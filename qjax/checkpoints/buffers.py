@@ -4,6 +4,7 @@ On a CPU a device takes such memory over as it is. Linux gives NumPy's large arr
 sooner than the small ones that XLA's own buffers are made of.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -43,6 +44,16 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """The threads, which stay: a tensor takes little longer than to start them."""
+    return ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of them
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def in_parallel[T](work: Callable[[T], None], items: Iterable[T]) -> None:
     """Calls `work` on each, on several threads: for NumPy, which lets go of Python's lock."""
     items = list(items)
@@ -50,8 +61,7 @@ def in_parallel[T](work: Callable[[T], None], items: Iterable[T]) -> None:
         for item in items:
             work(item)
         return
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1, len(items))) as pool:
-        list(pool.map(work, items))
+    list(_pool().map(work, items))
 
 
 def copied(array: np.ndarray) -> np.ndarray:

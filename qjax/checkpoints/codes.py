@@ -5,7 +5,7 @@ counted from the least significant. In a dense stream a code may straddle two wo
 `32 // b` whole codes and its top bits are unused.
 
 Each class is a way to hold a matrix `[N, K]` of codes in a file. It reads what is asked for and no more: `columns`
-gives any part as bytes with K first, and `pack` whole blocks as words without taking codes out, where it says so.
+gives any part as bytes with K first, and `nibbles` says where in words the codes are, where they are nibbles.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,20 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from qjax import host_layouts
 from qjax.layouts import BLOCK
 
 type Packing = Literal["dense", "padded"]
 
 PACKINGS: tuple[Packing, ...] = ("dense", "padded")
 WORD = 32
+NIBBLES = 8  # of a word
 _ROWS = 64  # rows that are packed into a stream at a time
 _LINE = 64  # bytes of a line of the cache
+
+
+# Words uint32 `[W, R]`, of any strides, and for code k of row `r*V + v` its nibble of column r, from the lowest of the
+# first word on, int32 `[V, K']`.
+type Nibbles = tuple[np.ndarray, np.ndarray]
 
 
 class Codes(Protocol):
@@ -39,11 +44,8 @@ class Codes(Protocol):
     def columns(self, rows: slice, ks: slice) -> np.ndarray:
         """Codes of some rows, uint8 `[K', N']`."""
 
-    def packs(self, rows: slice, start: int) -> bool:
-        """Whether `pack` can: begin at these rows, at code `start` of each."""
-
-    def pack(self, rows: slice, start: int, out: np.ndarray) -> None:
-        """Fills the words of whole blocks, uint32 `[N', blocks, 4 * bits]`."""
+    def nibbles(self, rows: slice, ks: slice) -> Nibbles | None:
+        """Codes of some rows where they lie, or None where that is not in nibbles of words, or across such rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,7 @@ class Stream:
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and blocks that are best taken at a time."""
-        return (256, 32) if self.bits == 4 else (256, 8)
+        return 512, 8
 
     def columns(self, rows: slice, ks: slice) -> np.ndarray:
         """Codes of some rows, uint8 `[K', N']`."""
@@ -99,18 +101,15 @@ class Stream:
         low = np.uint32(0x0F0F0F0F)
         return ((words & low) << np.uint32(4)) | ((words >> np.uint32(4)) & low)
 
-    def packs(self, rows: slice, start: int) -> bool:
-        """Whether `pack` can."""
-        return self.bits == 4 and start * self.bits % WORD == 0
-
-    def pack(self, rows: slice, start: int, out: np.ndarray) -> None:
-        """Fills the words of whole blocks."""
-        first = start * self.bits // WORD
-        words = self._ordered(self.words[rows, first : first + out.shape[1] * BLOCK * self.bits // WORD])
-        if words.strides[0] < words.strides[1]:
-            host_layouts.pack_nibble_columns(words.T, out)
-        else:
-            host_layouts.pack_nibble_rows(words, out)
+    def nibbles(self, rows: slice, ks: slice) -> Nibbles | None:
+        """Codes of some rows where they lie."""
+        if self.bits != 4:
+            return None
+        places = np.arange(ks.start, ks.stop, dtype=np.int32)
+        if self.first == "high":
+            places ^= 1
+        word = ks.start // NIBBLES
+        return self.words[rows, word : -(-ks.stop // NIBBLES)].T, places[None] - np.int32(NIBBLES * word)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,16 +139,13 @@ class NibblesAcross:
             codes[..., place] = (words >> np.uint32(4 * nibble)) & np.uint32(15)
         return codes.reshape(len(words), -1)[:, rows.start - first * each : rows.stop - first * each]
 
-    def packs(self, rows: slice, start: int) -> bool:
-        """Whether `pack` can."""
-        return rows.start % len(self.order) == 0 and rows.stop % len(self.order) == 0
-
-    def pack(self, rows: slice, start: int, out: np.ndarray) -> None:
-        """Fills the words of whole blocks."""
-        each = len(self.order)
-        words = self.words[start : start + out.shape[1] * BLOCK, rows.start // each : rows.stop // each]
-        places = np.argsort(self.order)
-        host_layouts.pack_nibbles_across(words, [out[place::each] for place in places])
+    def nibbles(self, rows: slice, ks: slice) -> Nibbles | None:
+        """Codes of some rows where they lie."""
+        if rows.start % NIBBLES or rows.stop % NIBBLES:
+            return None
+        places = np.arange(0, NIBBLES * (ks.stop - ks.start), NIBBLES, dtype=np.int32)
+        words = self.words[ks, rows.start // NIBBLES : rows.stop // NIBBLES]
+        return words, places + np.array(self.order, np.int32)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,13 +171,9 @@ class Bytes:
         codes = turned(self.codes[rows, ks])
         return codes + np.uint8(self.added) if self.added else codes
 
-    def packs(self, rows: slice, start: int) -> bool:
-        """Whether `pack` can."""
-        return False
-
-    def pack(self, rows: slice, start: int, out: np.ndarray) -> None:
-        """Fills the words of whole blocks."""
-        raise AssertionError("bytes are packed as columns")
+    def nibbles(self, rows: slice, ks: slice) -> Nibbles | None:
+        """There are none."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,19 +191,16 @@ class Ordered:
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and blocks that are best taken at a time."""
-        return 128, -(-self.shape[1] // BLOCK)
+        return 256, -(-self.shape[1] // BLOCK)
 
     def columns(self, rows: slice, ks: slice) -> np.ndarray:
         """Codes of some rows, uint8 `[K', N']`."""
         return self.codes.columns(rows, slice(0, self.shape[1]))[self.order[ks]]
 
-    def packs(self, rows: slice, start: int) -> bool:
-        """Whether `pack` can."""
-        return False
-
-    def pack(self, rows: slice, start: int, out: np.ndarray) -> None:
-        """Fills the words of whole blocks."""
-        raise AssertionError("codes in another order are packed as columns")
+    def nibbles(self, rows: slice, ks: slice) -> Nibbles | None:
+        """Codes of some rows where they lie."""
+        found = self.codes.nibbles(rows, slice(0, self.shape[1]))
+        return None if found is None else (found[0], np.take(found[1], self.order[ks], axis=1))
 
 
 def turned(array: np.ndarray) -> np.ndarray:

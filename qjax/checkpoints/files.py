@@ -5,6 +5,8 @@ file claims is checked against the file's true size before a byte is allocated f
 are refused. Knows nothing of any model or quantization format.
 """
 
+import bisect
+import functools
 import json
 import math
 import os
@@ -97,12 +99,21 @@ class CheckpointFiles:
             raise CheckpointError(f"{folder}: no {CONFIG}; the folder has {_listing(names)}")
         return cls(folder, read_json(folder / CONFIG), entries)
 
-    def names(self) -> list[str]:
-        """All tensor names, sorted."""
+    @functools.cached_property
+    def _sorted(self) -> list[str]:
         return sorted(self.entries)
 
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return self._sorted[:]
+
+    def names_in(self, module: str) -> list[str]:
+        """Those that begin with the module's name and a dot, sorted."""
+        first, end = (bisect.bisect_left(self._sorted, f"{module}{mark}") for mark in "./")  # "/" follows "."
+        return self._sorted[first:end]
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names())
+        return iter(self._sorted)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -116,7 +127,7 @@ class CheckpointFiles:
             return self.entries[name]
         except KeyError:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} is missing; the folder has {_listing(self.names())}"
+                f"{self.path}: tensor {name!r} is missing; the folder has {_listing(self._sorted)}"
             ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -141,10 +152,9 @@ class CheckpointFiles:
         """
         if not hasattr(os, "posix_fadvise"):  # as on macOS and Windows
             return
-        for name, entry in self.entries.items():
-            if name.startswith(f"{prefix}."):
-                with entry.file.open("rb") as file:
-                    os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
+        for entry in map(self.entry, self.names_in(prefix)):
+            with entry.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The JSON object in the file `name` of the folder, or None where there is no such file."""

@@ -22,7 +22,7 @@ def count_bad(array: np.ndarray) -> int:
     if ones is None:
         return 0
     size = array.dtype.itemsize
-    bits = array.view(f"u{size}").reshape(-1)
+    bits = array.view(f"u{size}").ravel("K")  # as it lies: a transpose is not copied
     mask = bits.dtype.type(ones)
     chunks = (bits[start : start + _VALUES] for start in range(0, bits.size, _VALUES))
     return sum(int(np.count_nonzero((chunk & mask) == mask)) for chunk in chunks)

@@ -98,7 +98,7 @@ def _layer_reader(files: CheckpointFiles, opened: Source, activations: str, mesh
             return dense(prefix)
         kernel, names = found
         bias = f"{prefix}.bias"
-        others = (name for name in files if name.startswith(f"{prefix}.") and name not in (*names, bias))
+        others = (name for name in files.names_in(prefix) if name not in (*names, bias))
         unknown = [name for name in others if not any(re.fullmatch(known, name) for known in opened.beside)]
         if unknown:
             raise CheckpointError(f"{files.path}: unexpected {', '.join(unknown)}; {prefix} is {', '.join(names)}")

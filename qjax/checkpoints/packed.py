@@ -1,7 +1,9 @@
 """`QTensor.packed` of a file's codes, not there yet: any rows and blocks of it are made when they are asked for."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +11,14 @@ import numpy as np
 
 from qjax.checkpoints.buffers import empty, in_parallel
 from qjax.checkpoints.codes import Codes
+from qjax.dispatch.choose import load_if_present
+from qjax.dispatch.routes import CPU, Route
 from qjax.host_layouts import pack_codes
 from qjax.layouts import BLOCK, padded
 from qjax.qtensor import QTensor, k_pieces
 from qjax.schemes import Scheme
+
+_NIBBLES = Route("cpu.pack_nibbles", "cpu", "xla_ffi.cpu.pack_nibbles", platforms=CPU)
 
 
 def storage_bits(bits: int) -> int:
@@ -87,25 +93,42 @@ class Packed:
             out[:, start - columns.start :][:, : len(codes)] = to_zero_point(codes, self.bits).T
 
     def _fill_words(self, rows: slice, columns: range, out: np.ndarray) -> None:
-        """A tile at a time; none reaches over the end of a piece."""
+        """Piece by piece: whole blocks of nibbles from word to word, where that can be; the rest as bytes, by tiles."""
         block = columns.start
         while block < columns.stop:
             piece, within = divmod(block, self._piece_blocks)
-            count = min(self.codes.tile[1], columns.stop - block, self._piece_blocks - within)
+            count = min(columns.stop - block, self._piece_blocks - within)
             start = piece * self._piece + within * BLOCK
             ks = slice(start, min(start + count * BLOCK, (piece + 1) * self._piece))
-            self._fill_tile(rows, ks, out[:, block - columns.start :][:, :count])
+            filled = out[:, block - columns.start :][:, :count]
+            done = self._fill_nibbles(rows, ks, filled)
+            for first in range(done, count, self.codes.tile[1]):
+                some = filled[:, first : first + self.codes.tile[1]]
+                begin = ks.start + first * BLOCK
+                self._fill_tile(rows, slice(begin, min(begin + some.shape[1] * BLOCK, ks.stop)), some)
             block += count
 
+    def _fill_nibbles(self, rows: slice, ks: slice, out: np.ndarray) -> int:
+        """Fills whole blocks and says how many: none where there are no nibbles in words, or the library is not there."""
+        whole, pack_nibbles = (ks.stop - ks.start) // BLOCK, _pack_nibbles()
+        found = self.codes.nibbles(rows, slice(ks.start, ks.start + whole * BLOCK)) if whole and pack_nibbles else None
+        if found is None or pack_nibbles is None:
+            return 0
+        pack_nibbles(*found, out[:, :whole])
+        return whole
+
     def _fill_tile(self, rows: slice, ks: slice, out: np.ndarray) -> None:
-        """Whole blocks as they are, where they can be had so; the rest as bytes, zeros at the end."""
-        done = (ks.stop - ks.start) // BLOCK if self.codes.packs(rows, ks.start) else 0
-        if done:
-            self.codes.pack(rows, ks.start, out[:, :done])
-        if done < out.shape[1]:
-            codes = self.codes.columns(rows, slice(ks.start + done * BLOCK, ks.stop))
-            short = (out.shape[1] - done) * BLOCK - len(codes)
-            pack_codes(np.pad(codes, [(0, short), (0, 0)]) if short else codes, self.bits, out[:, done:])
+        """Fills blocks, zeros at the end."""
+        codes = self.codes.columns(rows, ks)
+        short = out.shape[1] * BLOCK - len(codes)
+        pack_codes(np.pad(codes, [(0, short), (0, 0)]) if short else codes, self.bits, out)
+
+
+@functools.cache
+def _pack_nibbles() -> Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None:
+    """The one of the library for CPUs, which the host has even where the weight goes to a GPU; None without it."""
+    module = load_if_present(_NIBBLES)
+    return None if module is None or module.missing() else module.pack_nibbles
 
 
 def host_tensor(packed: Any, scale: Any, zero_point: Any = None, *, scheme: Scheme, k: int, **arrays: Any) -> QTensor:

@@ -52,10 +52,12 @@ def read_text(file: str) -> str:
     """A text file.
 
     Raises:
-      QJaxError: it is not UTF-8.
+      QJaxError: there is none, or it is not UTF-8.
     """
     try:
         return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise QJaxError(f"{file}: {error.strerror}; expected a file of UTF-8 text") from error
     except UnicodeDecodeError as error:
         raise QJaxError(f"{file}: not UTF-8 text at byte {error.start}") from error
 

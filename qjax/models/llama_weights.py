@@ -67,7 +67,7 @@ def dense_reader(files: CheckpointFiles) -> Reader:
 
     def read(prefix: str) -> LayerWeights:
         known = (f"{prefix}.weight", f"{prefix}.bias")
-        unknown = [name for name in files if name.startswith(f"{prefix}.") and name not in known]
+        unknown = [name for name in files.names_in(prefix) if name not in known]
         if unknown:
             raise CheckpointError(
                 f"{files.path}: unexpected {', '.join(unknown)}: an unquantized layer has {known[0]} and may have .bias"

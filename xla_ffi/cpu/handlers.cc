@@ -71,6 +71,7 @@ QJAX_COMPILE_FOR("avx512f,avx512bw,avx512vl,avx2,fma,f16c")
 #include "simd_avx512.h"
 #include "weight_rows.h"
 #include "kernels.h"
+#include "nibbles.h"
 #include "kernels_int8.h"
 #undef QJAX_VNNI
 QJAX_COMPILE_FOR_ALL
@@ -81,6 +82,7 @@ QJAX_COMPILE_FOR("avx2,fma,f16c")
 #include "simd_avx2.h"
 #include "weight_rows.h"
 #include "kernels.h"
+#include "nibbles.h"
 #include "kernels_int8.h"
 QJAX_COMPILE_FOR_ALL
 }  // namespace avx2
@@ -90,6 +92,7 @@ namespace portable {
 #include "simd_portable.h"
 #include "weight_rows.h"
 #include "kernels.h"
+#include "nibbles.h"
 #include "kernels_int8.h"
 }  // namespace portable
 
@@ -105,18 +108,18 @@ bool HasVnni() { return HasAvx512() && __builtin_cpu_supports("avx512vnni"); }
 // Best first: for x as floats, and for x as int8.
 constexpr Instructions kForFloats[] = {
 #if defined(__x86_64__)
-    {"avx512", HasAvx512, avx512::Prepare, avx512::Multiply},
-    {"avx2", HasAvx2, avx2::Prepare, avx2::Multiply},
+    {"avx512", HasAvx512, avx512::Prepare, avx512::Multiply, avx512::PackNibbles},
+    {"avx2", HasAvx2, avx2::Prepare, avx2::Multiply, avx2::PackNibbles},
 #endif
-    {"portable", Always, portable::Prepare, portable::Multiply},
+    {"portable", Always, portable::Prepare, portable::Multiply, portable::PackNibbles},
 };
 constexpr Instructions kForInt8[] = {
 #if defined(__x86_64__)
-    {"avx512_vnni", HasVnni, avx512_vnni::PrepareCodes, avx512_vnni::MultiplyInt8},
-    {"avx512", HasAvx512, avx512::PrepareCodes, avx512::MultiplyInt8},
-    {"avx2", HasAvx2, avx2::PrepareCodes, avx2::MultiplyInt8},
+    {"avx512_vnni", HasVnni, avx512_vnni::PrepareCodes, avx512_vnni::MultiplyInt8, nullptr},
+    {"avx512", HasAvx512, avx512::PrepareCodes, avx512::MultiplyInt8, nullptr},
+    {"avx2", HasAvx2, avx2::PrepareCodes, avx2::MultiplyInt8, nullptr},
 #endif
-    {"portable", Always, portable::PrepareCodes, portable::MultiplyInt8},
+    {"portable", Always, portable::PrepareCodes, portable::MultiplyInt8, nullptr},
 };
 
 template <size_t kCount>
@@ -387,6 +390,11 @@ extern "C" const char* QjaxCpuInstructions() {
 extern "C" const char* QjaxCpuInt8Instructions() {
   static const std::string names = NamesOf(kForInt8);
   return names.c_str();
+}
+
+// What pack_nibbles.py calls: none in `instructions` takes the best.
+extern "C" void QjaxCpuPackNibbles(const NibbleWords* w, const char* instructions) {
+  Find(kForFloats, instructions)->pack_nibbles(*w);
 }
 
 }  // namespace qjax::cpu

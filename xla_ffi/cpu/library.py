@@ -30,6 +30,15 @@ def missing() -> str | None:
     return library if isinstance(library, str) else None
 
 
+def loaded() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+      RuntimeError: it is not built, or does not load.
+    """
+    return needed(_open())
+
+
 def instructions() -> tuple[str, ...]:
     """The instruction sets of this machine that there are kernels for, the best first; none without the library."""
     library = _open()
@@ -44,8 +53,7 @@ def int8_instructions() -> tuple[str, ...]:
 
 @functools.cache
 def _register_once() -> None:
-    library = needed(_open())
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.QjaxCpuMatmul), platform="cpu")
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded().QjaxCpuMatmul), platform="cpu")
 
 
 def register() -> None:

@@ -71,6 +71,16 @@ struct Rows {
   Buffer<float> sums;           // [m, groups]: of x along k over each group; where there are zero points
 };
 
+// Codes of 4 bits in words that are not in the packed order, and where they go.
+struct NibbleWords {
+  const uint32_t* words;  // [rows, columns]
+  int64_t rows, columns, row_stride, column_stride;
+  const int32_t* nibbles;  // [of_a_column, blocks * kBlock]: code k is nibble nibbles[.., k] % 8 of word nibbles[.., k] / 8
+  int64_t of_a_column, blocks;
+  uint32_t* out;  // [columns * of_a_column, blocks, 16]
+  int64_t out_stride;
+};
+
 struct Instructions {
   const char* name;
   bool (*available)();
@@ -78,6 +88,7 @@ struct Instructions {
   void (*prepare)(const Product& p, int64_t m0, Rows& rows, int64_t i);
   // y[m0 : m0 + rows.m, first : end].
   void (*multiply)(const Product& p, int64_t m0, const Rows& rows, int64_t first, int64_t end);
+  void (*pack_nibbles)(const NibbleWords& w);  // where x is floats
 };
 
 }  // namespace qjax::cpu

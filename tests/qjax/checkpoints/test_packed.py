@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qjax.checkpoints import packed as packed_words
 from qjax.checkpoints.buffers import copied, placed
 from qjax.checkpoints.codes import Bytes, Codes, NibblesAcross, Ordered, Stream
 from qjax.checkpoints.finite import count_bad
@@ -86,6 +87,14 @@ def test_any_part_of_packed_words_can_be_made_alone(make: Callable[[np.ndarray, 
         np.testing.assert_array_equal(packed[part], expected[part])
     if bits < 7:
         np.testing.assert_array_equal(packed.cut(4)[whole], words(codes, bits, pieces=4))
+
+
+@pytest.mark.parametrize("make", [along_k, k_first, padded, reordered, high_first, across])
+def test_nibbles_are_packed_alike_without_the_library(
+    make: Callable[[np.ndarray, int], Codes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_words, "_pack_nibbles", lambda: None)
+    test_any_part_of_packed_words_can_be_made_alone(make, 4)
 
 
 def test_copies_are_equal_and_device_memory_as_they_are() -> None:
