@@ -109,7 +109,7 @@ class Packed:
             block += count
 
     def _fill_nibbles(self, rows: slice, ks: slice, out: np.ndarray) -> int:
-        """Fills whole blocks and says how many: none where there are no nibbles in words, or the library is not there."""
+        """Fills whole blocks and says how many: none where there are no nibbles in words, or no library."""
         whole, pack_nibbles = (ks.stop - ks.start) // BLOCK, _pack_nibbles()
         found = self.codes.nibbles(rows, slice(ks.start, ks.start + whole * BLOCK)) if whole and pack_nibbles else None
         if found is None or pack_nibbles is None:
