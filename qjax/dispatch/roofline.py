@@ -1,11 +1,12 @@
 """How long a product takes: bytes over bandwidth, operations over rate, fixed costs.
 
-    fused        fixed + max((codes + scales + x + y) / bandwidth, operations / rate)
+    fused        fixed + beside * (elements of x and y)
+                       + max((codes + scales + x + y) / bandwidth, operations / rate)
     dequantize   fixed + (codes + scales + dense) / bandwidth
                        + max((dense + x + y) / bandwidth, operations / rate)
 
-with `dense` the weight in 16 or 32 bits. Bandwidth and rate are the device's peaks times what a kernel
-was measured to reach of them.
+with `dense` the weight in 16 or 32 bits, `beside` what bringing x into a kernel's order and y out of it takes.
+Bandwidth and rate are the device's peaks times what a kernel was measured to reach of them.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ class Efficiency:
       source: what was measured.
       dense: bytes of an element of the dense weight that is written first; 0 where codes go straight into the product.
       m_max: the most rows of x that this holds for; None for any number.
+      beside: seconds for each element of x and y, before and after the product.
     """
 
     bandwidth: float
@@ -38,6 +40,7 @@ class Efficiency:
     source: str
     dense: int = 0
     m_max: int | None = None
+    beside: float = 0.0
 
 
 PEAK = Efficiency(1.0, 1.0, 0.0, "the device's own peaks")
@@ -143,24 +146,36 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.8, 0.62, 3e-6, "as xla.dequantize_dot: 565 us of bf16 product at M=2048", 2),
     ),
     ("cpu.matmul", "cpu", True): (
-        Efficiency(0.8, 1.0, 1e-5, _EPYC + "0.57 ms (int4 g128) at M=1, 1.4 ms at M=2, 3.1 ms at M=8"),
+        Efficiency(0.8, 1.0, 1e-5, _EPYC + "0.57 ms (int4 g128) at M=1, 2.7 ms at M=8", m_max=16),
+        Efficiency(
+            0.8, 1.75, 1e-5, _EPYC + "29 ms (int4 g128) at M=130, 222 at 1024; 768 x 256: 0.8, 6.1 ms", beside=3.2e-9
+        ),
     ),
     ("cpu.matmul", "cpu", False): (
-        Efficiency(0.9, 1.0, 1e-5, _EPYC + "0.92 ms (int8) at M=1, 3.4 ms at M=8"),
+        Efficiency(0.9, 1.0, 1e-5, _EPYC + "0.92 ms (int8) at M=1, 3.1 ms at M=8", m_max=16),
+        Efficiency(
+            0.9, 1.75, 1e-5, _EPYC + "29 ms (int8) at M=130, 226 at 1024; 768 x 256: 0.7, 5.4 ms", beside=3.2e-9
+        ),
     ),
     ("cpu.matmul_int8", "cpu", True): (
-        Efficiency(0.85, 1.6, 1e-5, _EPYC + "0.5 ms (w4a8 g128) at M=1, 1.6 ms at M=8"),
+        Efficiency(0.85, 1.6, 1e-5, _EPYC + "0.5 ms (w4a8 g128) at M=1, 1.8 ms at M=8", m_max=16),
+        Efficiency(
+            0.85, 2.6, 1e-5, _EPYC + "20 ms (w4a8 g128) at M=130, 162 at 1024; 768 x 256: 0.8, 4.9 ms", beside=3.2e-9
+        ),
     ),
     ("cpu.matmul_int8", "cpu", False): (
-        Efficiency(0.95, 1.7, 1e-5, _EPYC + "0.9 ms (w8a8) at M=1, 1.6 ms at M=8"),
+        Efficiency(0.95, 1.7, 1e-5, _EPYC + "0.9 ms (w8a8) at M=1, 1.8 ms at M=8", m_max=16),
+        Efficiency(
+            0.95, 3.5, 1e-5, _EPYC + "17 ms (w8a8) at M=130, 115 at 1024; 768 x 256: 0.7, 4.6 ms", beside=3.2e-9
+        ),
     ),
     ("xla.reference", "cpu", True): (
         Efficiency(
-            0.2, 1.0, 1e-5, _EPYC + "39 ms (int4 g128) at M=1, 26 ms at M=16", 4
+            0.2, 1.6, 1e-5, _EPYC + "39 ms (int4 g128) at M=1, 72 at 130, 254 at 1024; 768 x 256: 0.5, 2.9 ms", 4
         ),
     ),
     ("xla.reference", "cpu", False): (
-        Efficiency(0.2, 1.0, 1e-5, _EPYC + "75 ms (int8) at M=1, 20 ms at M=16", 4),
+        Efficiency(0.2, 1.6, 1e-5, _EPYC + "75 ms (int8) at M=1, 20 ms at M=16", 4),
     ),
 }  # fmt: skip
 
@@ -254,7 +269,8 @@ def _roofline(
         "compute": compute,
         "fixed": efficiency.fixed,
     }
-    seconds = efficiency.fixed + before / bandwidth + max(during / bandwidth, compute)
+    beside = efficiency.beside * problem.batch * problem.m * (problem.n + problem.k)
+    seconds = efficiency.fixed + beside + before / bandwidth + max(during / bandwidth, compute)
     return Estimate(seconds, before + during, operations, max(terms, key=lambda b: terms[b]))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from qjax.devices import find_device
 from qjax.dispatch import roofline
 from qjax.dispatch.problem import Problem
-from qjax.schemes import FP8, W4A16, W8A8FP8, W8A16, W8A8Int8
+from qjax.schemes import FP8, W4A16, W8A8FP8, W8A16, W4A8Int8, W8A8Int8
 
 BF16 = np.dtype("bfloat16")
 H200 = find_device("H200")
+CPU = find_device("CPU")
 
 
 def wide(m=1, scheme=None, **fields):
@@ -47,6 +49,23 @@ class BytesTest(parameterized.TestCase):
         assert roofline.activation_bytes(narrow) == 4 * 256 * 2 + (2 * 4 + 1) * 1024 * 4
         turned = dataclasses.replace(narrow, transposed=True, bias=False, residual=False)
         assert roofline.activation_bytes(turned) == 4 * 1024 * 2 + 4 * 256 * 4
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "fastest"),
+    [
+        (8, 4096, 4096, "cpu.matmul_int8"),
+        (130, 4096, 4096, "cpu.matmul_int8"),
+        (1024, 4096, 4096, "cpu.matmul_int8"),
+        (130, 768, 256, "xla.reference"),  # x and y cost more than the product
+        (1024, 768, 256, "xla.reference"),
+    ],
+)
+def test_on_a_cpu_int8_is_for_weights_that_are_large_beside_x_and_y(m, n, k, fastest):
+    problem = Problem(m, n, k, W4A8Int8(), x_dtype=np.dtype("int8"), out_dtype=np.dtype("float32"))
+    routes = ("cpu.matmul_int8", "xla.reference")
+    times = {r: roofline.estimate(problem, CPU, roofline.efficiency(r, problem, CPU)).seconds for r in routes}
+    assert min(times, key=times.get) == fastest, times
 
 
 class EstimateTest(parameterized.TestCase):
