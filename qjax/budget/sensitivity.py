@@ -145,7 +145,9 @@ class Survey:
             if other == leaf:
                 part = layout.like_kernel(w).dequantize(kernel.dtype)
                 kernel = kernel.at[index].set(part) if index else part
-        return jax.device_put(kernel, self.subject.leaves[leaf].sharding)
+        sharding = self.subject.leaves[leaf].sharding
+        # One that is there already stays as it is: putting it there commits it, and jit compiles anew for each leaf.
+        return kernel if kernel.sharding == sharding else jax.device_put(kernel, sharding)
 
     def _sensitivity(self, leaf: int, slope: float) -> Sensitivity:
         path = self.subject.targets[leaf].path.rpartition("/")[0]
