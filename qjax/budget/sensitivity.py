@@ -79,6 +79,7 @@ class Survey:
             for index in np.ndindex(*self.layouts[leaf].stack):
                 self._try((leaf, index), None)
         for stage, statistics in walk(program, batches, self.subject.leaves, progress=progress):
+            assert statistics is not None, "no stage is known"
             for leaf, index in stage.units:
                 for inner in np.ndindex(*self.layouts[leaf].stack[len(index) :]):
                     self._try((leaf, (*index, *inner)), statistics.at(inner))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from qjax.calibration.act_scale import ActScale, as_act_scale, static_scale
 from qjax.calibration.fold import Norms
+from qjax.calibration.journal import Done, Journal, journal_at, task_of
 from qjax.calibration.layer import Layer, factors_of, layer_of, quantize_layer
 from qjax.calibration.model import check_batches, subject_of
 from qjax.calibration.moments import Statistics
@@ -35,6 +37,7 @@ def calibrate(
     params: Any = None,
     partial_groups: bool = False,
     act_scale: ActScale = "max",
+    resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     **apply_options: Any,
 ) -> Any:
@@ -54,6 +57,8 @@ def calibrate(
       partial_groups: allow a short last group where the group size does not divide K.
       act_scale: the range of schemes with static scales of x (`w8a8_int8:mode=static`): "max", the largest magnitude
         that was seen; a number such as 99.99, the percentile of magnitudes; "mse", that of least squared error.
+      resume: a folder to keep finished layers in, made if it is not there. A call that was interrupted, repeated with
+        the same arguments, goes on behind them, and makes what it would have made; then the folder can go.
       progress: True, False, or None for a bar on a terminal when the work takes longer than two seconds.
       **apply_options: further arguments of a linen model's `apply`.
 
@@ -62,7 +67,9 @@ def calibrate(
 
     Raises:
       CalibrationError: no batch, batches of several shapes, a layer that no batch reaches, NaN or inf in what enters
-        one (layer and batch named), a recipe that does not fit a scheme.
+        one (layer and batch named), a recipe that does not fit a scheme, a folder to resume from that another
+        calibration has written.
+      CheckpointError: such a folder that cannot be written or read.
       RuleError, QuantizeError: as `qjax.quantize` and `qjax.nnx.quantize`.
       NotImplementedError: a layer inside of a construct that is not looked into (while, cond, shard_map).
     """
@@ -79,7 +86,9 @@ def calibrate(
     if not given and (recipe.needs_data or static is not None):
         what = f"recipe {recipe}" if static is None else f"scheme {static}"
         raise CalibrationError(f"{what} looks at what enters layers: give at least one batch, got none")
-    run = _Calibration(subject, recipe, partial_groups, how)
+    options = dict(recipe=recipe, act_scale=how, partial_groups=partial_groups, options=sorted(apply_options.items()))
+    journal = journal_at(resume, lambda: task_of(subject, given, **options))
+    run = _Calibration(subject, recipe, partial_groups, how, journal)
     if given and (recipe.needs_data or static is not None):
         run.with_data(given, progress)
     else:
@@ -93,6 +102,7 @@ class _Calibration:
 
     Attributes:
       subject, recipe, partial_groups, act_scale: the task.
+      journal: where it is kept on disk, or None.
       leaves: the params, quantized kernels dequantized.
       layouts: of the kernels.
       found: the layers' QTensors.
@@ -103,6 +113,7 @@ class _Calibration:
     recipe: Recipe
     partial_groups: bool
     act_scale: ActScale
+    journal: Journal | None
     leaves: list[jax.Array] = dataclasses.field(init=False)
     layouts: dict[int, KernelLayout] = dataclasses.field(init=False)
     found: dict[Unit, QTensor] = dataclasses.field(default_factory=dict)
@@ -128,8 +139,11 @@ class _Calibration:
     def without_data(self, progress: bool | None) -> None:
         """Layer by layer, none of them called."""
         units = [(leaf, index) for leaf, layout in self.layouts.items() for index in np.ndindex(*layout.stack)]
-        for unit in track(units, "quantizing", show=progress):
-            self.found[unit] = jax.block_until_ready(quantize_layer(self._layer(unit), None, self.recipe))
+        known = self._known()
+        for number, unit in enumerate(track(units, "quantizing", show=progress)):
+            made = None if number < known else quantize_layer(self._layer(unit), None, self.recipe)
+            done = self._kept(number, [unit], None if made is None else Done({unit: (made, None)}))
+            self.found[unit], _ = done.weights[unit]
 
     def with_data(self, batches: list[tuple[Any, ...]], progress: bool | None) -> None:
         """Along the model, every piece of it on all batches."""
@@ -140,9 +154,41 @@ class _Calibration:
                 self._put((leaf, index), quantize_array(layer.weight, layer.scheme, where=layer.where))
         norms = Norms.of(program)
         floats = self.subject.leaves if self.recipe.outputs == "float" else None
-        counted = self.act_scale != "max"
-        for stage, statistics in walk(program, batches, self.leaves, floats=floats, counted=counted, progress=progress):
-            self._quantize(stage, statistics, norms)
+        stages = walk(
+            program,
+            batches,
+            self.leaves,
+            floats=floats,
+            counted=self.act_scale != "max",
+            known=self._known(),
+            progress=progress,
+        )
+        for number, (stage, statistics) in enumerate(stages):
+            made = None if statistics is None else self._quantize(stage, statistics, norms)
+            done = self._kept(number, self._units(stage), made)
+            self.norms |= done.norms
+            for unit, (w, factors) in done.weights.items():
+                self._put(unit, w, factors)
+
+    def _known(self) -> int:
+        """How many stages the journal has."""
+        return 0 if self.journal is None else self.journal.count()
+
+    def _units(self, stage: Stage) -> list[Unit]:
+        """Every matrix of a stage, stacked ones one after another."""
+        leaf, index = stage.units[0]
+        inner = np.ndindex(*self.layouts[leaf].stack[len(index) :])
+        return [(leaf, (*index, *more)) for more in inner for leaf, index in stage.units]
+
+    def _kept(self, number: int, units: list[Unit], made: Done | None) -> Done:
+        """A stage that was made, now in the journal, or, if it was not, one that is there."""
+        if made is None:
+            assert self.journal is not None, number
+            return self.journal.read(number, units)
+        jax.block_until_ready([w for w, _ in made.weights.values()])
+        if self.journal is not None:
+            self.journal.write(number, made)
+        return made
 
     def _layer(self, unit: Unit) -> Layer:
         leaf, index = unit
@@ -155,24 +201,28 @@ class _Calibration:
         leaf, index = unit
         if factors is not None:
             w = dataclasses.replace(w, input_scale=1 / factors)
-        kernel = _dequantized(self.layouts[leaf].like_kernel(w), self.leaves[leaf].dtype)
-        self.leaves[leaf] = self.leaves[leaf].at[index].set(kernel) if index else kernel
+        old = self.leaves[leaf]
+        kernel = jax.device_put(_dequantized(self.layouts[leaf].like_kernel(w), old.dtype), old.sharding)
+        self.leaves[leaf] = old.at[index].set(kernel) if index else kernel
 
-    def _quantize(self, stage: Stage, statistics: Statistics, norms: Norms) -> None:
+    def _quantize(self, stage: Stage, statistics: Statistics, norms: Norms) -> Done:
         """The kernels of a stage, one stacked layer after another."""
-        leaf, index = stage.units[0]
-        for inner in np.ndindex(*self.layouts[leaf].stack[len(index) :]):
-            units = [(leaf, (*index, *inner)) for leaf, index in stage.units]
-            layers = [self._layer(unit) for unit in units]
-            one = statistics.at(inner)
+        found: dict[Unit, tuple[QTensor, jax.Array | None]] = {}
+        changed: dict[int, jax.Array] = {}
+        count = len(stage.units)
+        units = self._units(stage)
+        for at in range(0, len(units), count):
+            together = units[at : at + count]
+            layers = [self._layer(unit) for unit in together]
+            one = statistics.at(together[0][1][len(stage.units[0][1]) :])
             one.check(layers[0].where)
-            for unit, (w, folded) in zip(units, self._scaled(stage, layers, one, norms), strict=True):
-                self._put(unit, w, folded)
+            found |= zip(together, self._scaled(stage, layers, one, norms, changed), strict=True)
+        return Done(found, changed)
 
     def _scaled(
-        self, stage: Stage, layers: list[Layer], statistics: Statistics, norms: Norms
+        self, stage: Stage, layers: list[Layer], statistics: Statistics, norms: Norms, changed: dict[int, jax.Array]
     ) -> list[tuple[QTensor, jax.Array | None]]:
-        """The QTensors of layers that share an input, each with the factors that a norm took up."""
+        """The QTensors of layers that share an input, each with the factors that a norm took up (to `changed`)."""
         scaling = self.recipe.scaling
         norm = None
         if scaling is not None and len(stage.inputs) == 1:
@@ -183,7 +233,7 @@ class _Calibration:
         if norm is not None:
             whole = self.norms.get(norm.leaf, self.leaves[norm.leaf])
             # The model goes on with the norm as it was: what it has put out before is in the frontiers.
-            self.norms[norm.leaf], factors = norm.divide(whole, factors)
+            changed[norm.leaf], factors = norm.divide(whole, factors)
         scaled = [dataclasses.replace(a, weight=a.weight * factors[:, None]) for a in layers]
         found = [self._quantized(layer, statistics.divided(factors)) for layer in scaled]
         found = [dataclasses.replace(w, dtype=a.weight.dtype) for w, a in zip(found, layers, strict=True)]

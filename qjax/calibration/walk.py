@@ -22,8 +22,9 @@ def walk(
     *,
     floats: Sequence[jax.Array] | None = None,
     counted: bool = False,
+    known: int = 0,
     progress: bool | None = None,
-) -> Iterator[tuple[Stage, Statistics]]:
+) -> Iterator[tuple[Stage, Statistics | None]]:
     """Every stage of layers with what enters it, summed over all batches, in the order of the model.
 
     Args:
@@ -32,12 +33,15 @@ def walk(
       leaves: the params. What changes in them between two stages is what the model goes on with.
       floats: other params to run the model with at its side, for statistics that compare both.
       counted: whether magnitudes of inputs are counted too.
+      known: how many of the first stages need no statistics, and get None.
       progress: as of `qjax.progress.track`.
     """
     segments = cut(program)
     frontiers = [start(program, batch) for batch in batches]
     beside = list(frontiers) if floats is not None else None
     kept: dict[Input, Statistics] = {}
+    stages = [stage for segment in segments for stage in segment.stages]
+    skipped, wanted = set(stages[:known]), {key for stage in stages[known:] for key in stage.inputs}
     for at, segment in enumerate(track(segments, "calibrating", show=progress)):
         for number in range(len(batches)):
             seen, frontiers[number] = advance(segment, leaves, frontiers[number])
@@ -45,10 +49,12 @@ def walk(
             if floats is not None and beside is not None:
                 aims, beside[number] = advance(segment, floats, beside[number])
             for key, x in seen.items():
+                if key not in wanted:
+                    continue
                 one = measure(x, aims.get(key), jnp.int32(number), key.contracted, key.stacked, counted)
                 kept[key] = add(kept[key], one) if key in kept else one
         for stage in segment.stages:
-            yield stage, functools.reduce(add, [kept[key] for key in stage.inputs])
+            yield stage, None if stage in skipped else functools.reduce(add, [kept[key] for key in stage.inputs])
         _forget(kept, segments[at + 1 :])
 
 

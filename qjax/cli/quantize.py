@@ -22,7 +22,7 @@ HELP = "quantize a model, to nearest or by calibration, and write it as a folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """IN OUT --scheme | --rules, --recipe --calibrate --windows, --overwrite."""
+    """IN OUT --scheme | --rules, --recipe --calibrate --windows --act-scale --resume, --overwrite."""
     parser.add_argument("folder", metavar="IN", help="a checkpoint folder: config.json and safetensors")
     parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist")
     parser.add_argument("--scheme", help=SCHEME_HELP + "; heads and embeddings are left alone")
@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="of schemes with static scales of x, from --calibrate: max (default), mse or a percentile such as 99.99",
     )
+    parser.add_argument(
+        "--resume",
+        metavar="FOLDER",
+        help="keep finished layers in FOLDER; after an interruption the same command goes on from there",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint folder")
 
 
@@ -70,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     if recipe is None:
         qjax.nnx.quantize(model, rules)
     else:
-        calibrate(model, batches, recipe, rules, act_scale=act_scale)
+        calibrate(model, batches, recipe, rules, act_scale=act_scale, resume=args.resume)
     save(model, out, source=args.folder, overwrite=args.overwrite)
     found = list(layers(model))
     after = kernel_bytes(model)
@@ -100,6 +105,8 @@ def _recipe(args: argparse.Namespace, rules: Sequence[Rule]) -> Recipe | None:
     if args.recipe is None and args.calibrate is not None and static is None:
         raise CalibrationError(f"--calibrate {args.calibrate}: give --recipe R, one of {', '.join(RECIPES)}")
     recipe = None if args.recipe is None else parse_recipe(args.recipe)
+    if args.resume is not None and recipe is None and static is None:
+        raise CalibrationError(f"--resume {args.resume}: rounding to nearest has nothing to resume; give --recipe R")
     what = static and f"scheme {static}" or recipe and recipe.needs_data and f"recipe {recipe}"
     if what and args.calibrate is None:
         raise CalibrationError(f"{what} looks at what enters layers: give --calibrate FILE")
