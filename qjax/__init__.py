@@ -13,6 +13,7 @@ from qjax.dispatch.choose import use as use
 from qjax.explain import explain as explain
 from qjax.fake_quant import fake_quant as fake_quant
 from qjax.fake_quant import fake_quantize as fake_quantize
+from qjax.learned_scale import scales_of as scales_of
 from qjax.matmul import matmul as matmul
 from qjax.qtensor import QTensor as QTensor
 from qjax.qtensor import concat_rows as concat_rows

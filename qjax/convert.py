@@ -13,6 +13,7 @@ from absl import logging
 
 from qjax.errors import QuantizeError
 from qjax.flax_kernel import KernelUse, quantize_kernel
+from qjax.learned_scale import refuse_unknown
 from qjax.progress import track
 from qjax.qtensor import QTensor, is_qtensor
 from qjax.rules import EVERYTHING, KINDS, Kind, Rule, RuleUse, as_rules, is_convolution, match
@@ -185,6 +186,7 @@ def quantize(
     inputs: Any = None,
     *,
     partial_groups: bool = False,
+    scales: Mapping[str, jax.Array] | None = None,
     progress: bool | None = None,
     **apply_options: Any,
 ) -> Any:
@@ -202,6 +204,7 @@ def quantize(
       model: the linen module that the params belong to.
       inputs: a tuple of its sample inputs, arrays or ShapeDtypeStructs (anything else is the only one).
       partial_groups: allow a short last group where the group size does not divide K.
+      scales: by paths of kernels, for those that have learned theirs (`qjax.fake_quantize`).
       progress: True, False, or None for a bar on a terminal when the work takes longer than two seconds.
       **apply_options: further arguments of `model.apply`, such as `method=`, `rngs=`, `train=False`.
 
@@ -213,10 +216,11 @@ def quantize(
     Raises:
       RuleError: a malformed rule, or one that matches nothing.
       QuantizeError: a kernel that cannot be quantized as asked, naming its path: a rank that nobody explained, a
-        convolution that a rule names.
+        convolution that a rule names; scales of no such kernel.
       NotImplementedError: layers stacked over an axis that is not the first.
     """
     plan = plan_params(params, scheme_or_rules, model, inputs, apply_options)
+    refuse_unknown(scales, {task.path for task in plan.tasks})
     for task in track(plan.tasks, "quantizing", show=progress):
         assert task.rule.scheme is not None, task.rule
         w = quantize_kernel(
@@ -226,6 +230,7 @@ def quantize(
             where=task.path,
             partial_groups=partial_groups or task.rule.partial_groups,
             k_pieces=task.rule.k_pieces,
+            scale=(scales or {}).get(task.path),
         )
         plan.put(task, jax.block_until_ready(w))
     return plan.result()

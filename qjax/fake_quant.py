@@ -1,12 +1,15 @@
 """Training through rounding: float kernels with the values that quantizing will give them, gradients untouched."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from qjax import learned_scale
 from qjax.convert import plan_params
 from qjax.flax_kernel import KernelUse, quantize_kernel
+from qjax.learned_scale import refuse_unknown
 from qjax.schemes import Scheme, as_scheme
 
 
@@ -31,6 +34,7 @@ def fake_quant(
     kernel: jax.Array,
     scheme: Scheme | str,
     *,
+    scale: jax.Array | None = None,
     contracted: tuple[int, ...] = (-2,),
     stacked: tuple[int, ...] = (),
     where: str = "kernel",
@@ -42,12 +46,16 @@ def fake_quant(
     `y = w'`, `dy/dw = 1`: the straight-through estimator. Source: Bengio et al. (2013); Jacob et al., Quantization and
     Training of Neural Networks (2018).
 
-    Quantizing the trained kernel gives the very codes that the last step saw. (One exception: where a float16 scale
-    would be subnormal, `qjax.quantize_array` looks at the values and takes float32 scales; a trace cannot.)
+    With a `scale`, which is trained too, gradients are those of learned step sizes (`qjax.learned_scale`).
+
+    Quantizing the trained kernel, by the trained scale, gives the very codes that the last step saw. (One exception:
+    where a float16 scale would be subnormal, and none is given, `qjax.quantize_array` looks at the values and takes
+    float32 scales; a trace cannot.)
 
     Args:
       kernel: float, any rank.
       scheme: a `qjax.Scheme` or its string.
+      scale: float32 `[*stack, N, G]`, of symmetric integers; None for the scheme's formula.
       contracted: its axes that meet x; `[..., K, N]` unless told otherwise.
       stacked: its axes over which layers are stacked; they lead.
       where: the path that errors name.
@@ -59,8 +67,8 @@ def fake_quant(
     Raises:
       QuantizeError: as `qjax.quantize_array`.
     """
-    use = KernelUse(contracted, stacked)
-    return _rounded(kernel, as_scheme(scheme), use, where, partial_groups, k_pieces)
+    static = (as_scheme(scheme), KernelUse(contracted, stacked), where, partial_groups, k_pieces)
+    return _rounded(kernel, *static) if scale is None else learned_scale.rounded(kernel, scale, *static)
 
 
 def fake_quantize(
@@ -70,15 +78,18 @@ def fake_quantize(
     inputs: Any = None,
     *,
     partial_groups: bool = False,
+    scales: Mapping[str, jax.Array] | None = None,
     **apply_options: Any,
 ) -> Any:
     """A linen params tree with each kernel that `qjax.quantize` would quantize as `fake_quant` has it.
 
     Call it inside of the loss: `model.apply({"params": qjax.fake_quantize(params, scheme)}, x)`; `qjax.quantize(params,
-    scheme)` afterwards gives a model of the same values.
+    scheme)` afterwards gives a model of the same values. With `scales` that are trained beside the params, pass the
+    trained ones to `qjax.quantize` too.
 
     Args:
       params, scheme_or_rules, model, inputs, partial_groups, **apply_options: as of `qjax.quantize`.
+      scales: by paths of kernels, float32 `[*stack, N, G]`; `qjax.scales_of` a quantized tree is where to begin.
 
     Returns:
       The same tree, of floats, boxes kept.
@@ -89,11 +100,13 @@ def fake_quantize(
     from qjax.linen.boxes import is_box
 
     plan = plan_params(params, scheme_or_rules, model, inputs, apply_options)
+    refuse_unknown(scales, {task.path for task in plan.tasks})
     for task in plan.tasks:
         assert task.rule.scheme is not None, task.rule
         value = fake_quant(
             plan.kernel(task),
             task.rule.scheme,
+            scale=(scales or {}).get(task.path),
             contracted=task.use.contracted,
             stacked=task.use.stacked,
             where=task.path,

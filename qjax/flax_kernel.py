@@ -161,6 +161,7 @@ def quantize_kernel(
     where: str = "kernel",
     partial_groups: bool = False,
     k_pieces: int = 1,
+    scale: jax.Array | None = None,
 ) -> QTensor:
     """Quantizes a Flax kernel of any rank, stacked layers one by one.
 
@@ -169,7 +170,7 @@ def quantize_kernel(
       scheme: a `Scheme` or its string.
       use: its contracted and stacked axes.
       where: the path that errors name.
-      partial_groups, k_pieces: as `qjax.quantize_array`.
+      partial_groups, k_pieces, scale: as `qjax.quantize_array`; the latter `[*stack, N, G]`.
 
     Returns:
       A QTensor of the kernel's shape, whose K is the contracted axes in their order and whose N is the outputs.
@@ -196,6 +197,7 @@ def quantize_kernel(
             where=f"{where}{list(index)}" if index else where,
             partial_groups=partial_groups,
             k_pieces=k_pieces,
+            scale=scale[index] if scale is not None and index else scale,
         )
 
     w = layout.assemble(one)

@@ -11,14 +11,14 @@ from qjax.dequantize import expand_blocks
 from qjax.errors import QuantizeError
 from qjax.formats import FORMATS, Format, codebook_thresholds
 from qjax.layouts import pack
-from qjax.qtensor import QTensor, k_pieces
+from qjax.qtensor import QTensor, k_pieces, scale_shape
 from qjax.quotient import quotient
 from qjax.schemes import Scheme, as_scheme
 
 _E4M3 = FORMATS["e4m3"]
 
 
-def _reduce_blocks(w: jax.Array, block: tuple[int | None, int | None], reduce: Any) -> jax.Array:
+def reduce_blocks(w: jax.Array, block: tuple[int | None, int | None], reduce: Any) -> jax.Array:
     """`reduce` (jnp.max, jnp.min) of `[..., N, K]` over blocks -> `[..., R, C]`; a short last block is zero-padded."""
     n, k = w.shape[-2:]
     block_n, block_k = block[0] or n, block[1] or k
@@ -52,19 +52,21 @@ def to_range(scale: jax.Array, dtype: np.dtype) -> jax.Array:
     return jnp.clip(scale, float(info.smallest_normal), float(info.max)).astype(dtype)
 
 
-def _integer(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Array]:
-    """Symmetric or asymmetric integers: unsigned codes below 8 bits, int8 at 8."""
+def _integer(w: jax.Array, scheme: Scheme, dtype: np.dtype, given: jax.Array | None) -> dict[str, jax.Array]:
+    """Symmetric or asymmetric integers: unsigned codes below 8 bits, int8 at 8; symmetric ones by given scales."""
     form, (n, k) = scheme.format, w.shape[-2:]
     spread = functools.partial(expand_blocks, n=n, k=k, block=scheme.block)
     top = 2**form.bits - 1
     shift = 0 if form.bits < 8 else -128
     if scheme.symmetric:
-        scale = to_range(quotient(_reduce_blocks(jnp.abs(w), scheme.block, jnp.max), form.maximum), dtype)
+        if given is None:
+            given = quotient(reduce_blocks(jnp.abs(w), scheme.block, jnp.max), form.maximum)
+        scale = to_range(given, dtype)
         half = 2 ** (form.bits - 1)
         q = jnp.clip(jnp.round(quotient(w, spread(scale.astype(jnp.float32)))), -half, half - 1)
         return dict(codes=(q + half + shift).astype(form.dtype), scale=scale)
-    low = _reduce_blocks(jnp.minimum(w, 0), scheme.block, jnp.min)
-    high = _reduce_blocks(jnp.maximum(w, 0), scheme.block, jnp.max)
+    low = reduce_blocks(jnp.minimum(w, 0), scheme.block, jnp.min)
+    high = reduce_blocks(jnp.maximum(w, 0), scheme.block, jnp.max)
     scale = to_range(quotient(high / 2 - low / 2, top / 2), dtype)  # halves, which don't overflow
     wide = scale.astype(jnp.float32)
     zero = jnp.clip(jnp.round(quotient(-low, wide)), 0, top)
@@ -88,7 +90,7 @@ def _power_of_two(amax: jax.Array, form: Format) -> tuple[jax.Array, jax.Array]:
 def _scaled(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Array]:
     """Float and codebook formats, whose scale is the block's maximum over the format's."""
     form, (n, k) = scheme.format, w.shape[-2:]
-    amax = _reduce_blocks(jnp.abs(w), scheme.block, jnp.max)
+    amax = reduce_blocks(jnp.abs(w), scheme.block, jnp.max)
     spread = functools.partial(expand_blocks, n=n, k=k, block=scheme.block)
     if dtype == jnp.float8_e8m0fnu:
         scale, inverse = _power_of_two(amax, form)
@@ -115,10 +117,13 @@ def _nested(scale: jax.Array, block: int) -> QTensor:
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "scale_dtype", "dtype", "pieces"))
-def _quantize(w: jax.Array, scheme: Scheme, scale_dtype: np.dtype, dtype: np.dtype, pieces: int) -> QTensor:
+def _quantize(
+    w: jax.Array, given: jax.Array | None, scheme: Scheme, scale_dtype: np.dtype, dtype: np.dtype, pieces: int
+) -> QTensor:
     """`[..., K, N]` -> QTensor; everything that needs a value was checked before."""
     w = w.astype(jnp.float32).swapaxes(-1, -2)
-    found = (_integer if scheme.format.kind == "int" else _scaled)(w, scheme, scale_dtype)
+    is_int = scheme.format.kind == "int"
+    found = _integer(w, scheme, scale_dtype, given) if is_int else _scaled(w, scheme, scale_dtype)
     codes, scale = found.pop("codes"), found.pop("scale")
     nested = _nested(scale, scheme.nested) if scheme.nested else scale
     return from_codes(codes, nested, scheme, dtype=dtype, pieces=pieces, **found)
@@ -180,6 +185,17 @@ def check_kernel(where: str, w: Any, scheme: Scheme, partial_groups: bool, piece
         )
 
 
+def _check_scale(where: str, w: jax.Array, scheme: Scheme, scale: jax.Array | None) -> None:
+    """Raises QuantizeError for a scale of another shape than that of `[..., K, N]`, or one that has no place."""
+    if scale is None:
+        return
+    if not scheme.is_plain:
+        raise QuantizeError(f"{where}: {scheme} makes its own scales; they can be given to symmetric integers")
+    wanted = (*w.shape[:-2], *scale_shape(scheme, w.shape[-1], w.shape[-2]))
+    if tuple(scale.shape) != wanted:
+        raise QuantizeError(f"{where}: a scale of shape {tuple(scale.shape)}; {scheme} asks for {wanted}")
+
+
 def quantize_array(
     w: jax.Array,
     scheme: Scheme | str,
@@ -188,6 +204,7 @@ def quantize_array(
     partial_groups: bool = False,
     k_pieces: int = 1,
     dtype: Any = None,
+    scale: jax.Array | None = None,
 ) -> QTensor:
     """Quantizes one kernel, to nearest.
 
@@ -198,13 +215,16 @@ def quantize_array(
       partial_groups: allow a short last group where `group_size` does not divide K.
       k_pieces: pieces along K that are padded to 128 on their own, so that as many shards can hold one each.
       dtype: what `dequantize()` will return; default w's.
+      scale: what symmetric integers are multiples of, `[..., N, G]`, instead of what the scheme's formula makes of w;
+        rounded to the scheme's dtype.
 
     Returns:
       A QTensor of shape `w.shape`. Scales meant for float16 are float32 where one would be subnormal or infinite there;
       under a trace, where values cannot be looked at, they are clamped to float16's normal range.
 
     Raises:
-      QuantizeError: wrong rank or dtype, a group that does not divide K, NaN or inf.
+      QuantizeError: wrong rank or dtype, a group that does not divide K, NaN or inf; a scale of another shape, or for
+        another scheme.
     """
     scheme = as_scheme(scheme)
     refuse_shape(where, w)
@@ -215,8 +235,9 @@ def quantize_array(
         bad, good = (int(v) for v in _survey(w))
         if bad:
             raise QuantizeError(f"{where}: {bad} of {bad + good} weights are NaN or inf")
-        scale_dtype = scale_dtype_of(w, scheme)
-    return _quantize(w, scheme, scale_dtype, np.dtype(dtype or w.dtype), k_pieces)
+        scale_dtype = scale_dtype if scale is not None else scale_dtype_of(w, scheme)
+    _check_scale(where, w, scheme, scale)
+    return _quantize(w, scale, scheme, scale_dtype, np.dtype(dtype or w.dtype), k_pieces)
 
 
 @functools.partial(jax.jit, static_argnames="scheme")
@@ -225,10 +246,10 @@ def _scale_range(w: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array]:
     w = w.astype(jnp.float32).swapaxes(-1, -2)
     high, low = jnp.maximum(w, 0), jnp.minimum(w, 0)
     if scheme.symmetric:
-        scale = _reduce_blocks(jnp.abs(w), scheme.block, jnp.max) / scheme.format.maximum
+        scale = reduce_blocks(jnp.abs(w), scheme.block, jnp.max) / scheme.format.maximum
     else:
         top = 2**scheme.bits - 1
-        scale = _reduce_blocks(high, scheme.block, jnp.max) / top - _reduce_blocks(low, scheme.block, jnp.min) / top
+        scale = reduce_blocks(high, scheme.block, jnp.max) / top - reduce_blocks(low, scheme.block, jnp.min) / top
     return jnp.min(jnp.where(scale == 0, jnp.inf, scale)), jnp.max(scale)
 
 

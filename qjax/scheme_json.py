@@ -5,7 +5,7 @@ from typing import Any, get_args, get_type_hints
 
 from qjax.errors import SchemeError
 from qjax.formats import FORMATS
-from qjax.schemes import Activation, Scheme
+from qjax.schemes import Activation, Delayed, Scheme
 
 SCALE_DTYPES = ("float16", "bfloat16", "float32", "float8_e8m0fnu", "float8_e4m3fn")
 
@@ -23,10 +23,17 @@ def _is_block(block: Any) -> bool:
     return len(block) == 2 and all(map(_is_size, block))
 
 
+def _is_delayed(history: Any, margin: Any, amax: Any) -> bool:
+    allowed = get_args(get_type_hints(Delayed)["amax"])
+    return type(history) is int and history > 0 and type(margin) is int and margin >= 0 and amax in allowed
+
+
 def _is_activation(activation: Activation) -> bool:
     allowed, given = get_type_hints(Activation), dataclasses.asdict(activation)
-    outliers = given.pop("outliers")
+    outliers, delayed = given.pop("outliers"), given.pop("delayed")
     if outliers is not None and not (isinstance(outliers, float) and outliers > 0):
+        return False
+    if delayed is not None and not _is_delayed(**delayed):
         return False
     return all(value in get_args(allowed[name]) for name, value in given.items())
 
@@ -41,7 +48,10 @@ def scheme_from_dict(fields: dict[str, Any]) -> Scheme:
         given = dict(fields)
         given["block"] = tuple(given["block"])
         if given.get("activation") is not None:
-            given["activation"] = Activation(**given["activation"])
+            fields_of_x = dict(given["activation"])
+            if fields_of_x.get("delayed") is not None:
+                fields_of_x["delayed"] = Delayed(**fields_of_x["delayed"])
+            given["activation"] = Activation(**fields_of_x)
         scheme = Scheme(**given)
     except (TypeError, KeyError, ValueError) as error:
         raise SchemeError(f"not a stored scheme: {fields!r} ({error})") from error

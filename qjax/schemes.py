@@ -19,6 +19,21 @@ Float8 = Literal["e4m3", "e5m2"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Delayed:
+    """A static scale that layers keep up to date from what they met before (`qjax.delayed`).
+
+    Attributes:
+      history: how many calls are remembered.
+      margin: the range is `2^margin` times the largest magnitude.
+      amax: of those remembered the largest ("max"), or that of the last call ("most_recent").
+    """
+
+    history: int = 1024
+    margin: int = 0
+    amax: Literal["max", "most_recent"] = "max"
+
+
+@dataclasses.dataclass(frozen=True)
 class Activation:
     """How x is quantized before the product.
 
@@ -28,12 +43,14 @@ class Activation:
       mode: `dynamic` (from x itself) or `static` (the QTensor's `act_scale`; per tensor).
       outliers: columns where some row's magnitude reaches this leave x and are multiplied as they are, up to a 64th of
         K (`qjax.outliers`); None for none.
+      delayed: where the static scale comes from while a model trains; None leaves it as it is.
     """
 
     format: Literal["int8", "e4m3"]
     granularity: Literal["token", "tensor", "block"] = "token"
     mode: Literal["dynamic", "static"] = "dynamic"
     outliers: float | None = None
+    delayed: Delayed | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +86,11 @@ class Scheme:
     def bits(self) -> int:
         """Bits of a stored code, scales not counted."""
         return self.format.bits
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a value is an integer times one scale: no zero point, no second level."""
+        return self.format.kind == "int" and self.symmetric
 
     @property
     def is_static(self) -> bool:
@@ -214,14 +236,7 @@ def W8A8Int8(
             raise SchemeError(f"w8a8_int8: outliers={outliers!r}; allowed: a positive number, or None")
         _choice("w8a8_int8", "mode", mode, ("dynamic",))
         x = dataclasses.replace(x, outliers=float(outliers))
-    return _int_scheme(
-        "w8a8_int8",
-        8,
-        group_size,
-        symmetric,
-        scale_dtype,
-        x,
-    )
+    return _int_scheme("w8a8_int8", 8, group_size, symmetric, scale_dtype, x)
 
 
 def W4A8Int8(
@@ -232,14 +247,8 @@ def W4A8Int8(
     mode: Literal["dynamic", "static"] = "dynamic",
 ) -> Scheme:
     """Integer weights of 4 bits as `W4A16`, and x in int8 as `W8A8Int8`."""
-    return _int_scheme(
-        "w4a8_int8",
-        4,
-        group_size,
-        symmetric,
-        scale_dtype,
-        _int8_activation("w4a8_int8", activation, mode),
-    )
+    x = _int8_activation("w4a8_int8", activation, mode)
+    return _int_scheme("w4a8_int8", 4, group_size, symmetric, scale_dtype, x)
 
 
 _FP8_BLOCKS: dict[str, tuple[int | None, int | None]] = {
@@ -272,7 +281,10 @@ def W8A8FP8(
     format: Float8 = "e4m3",
     granularity: Granularity = "channel",
     activation: Literal["token", "tensor", "block"] = "token",
-    mode: Literal["dynamic", "static"] = "dynamic",
+    mode: Literal["dynamic", "static", "delayed"] = "dynamic",
+    history: int = 1024,
+    margin: int = 0,
+    amax: Literal["max", "most_recent"] = "max",
 ) -> Scheme:
     """FP8 weights as `FP8`, and x in e4m3.
 
@@ -281,15 +293,27 @@ def W8A8FP8(
 
     Args:
       activation: one scale a "token", for the "tensor", or for each "block" of 128 along K.
-      mode: "static" takes the scale from the QTensor's `act_scale`, per tensor.
+      mode: "static" takes the scale from the QTensor's `act_scale`, per tensor; "delayed" from what the layer met in
+        its last calls (`qjax.delayed`).
+      history, margin, amax: of "delayed", as `Delayed`; the defaults are Transformer Engine's.
       format, granularity: as `FP8`.
     """
     scheme = FP8(format, granularity)
     _choice("w8a8_fp8", "activation", activation, ("token", "tensor", "block"))
-    _choice("w8a8_fp8", "mode", mode, ("dynamic", "static"))
-    x = Activation("e4m3", "tensor" if mode == "static" else activation, mode)
+    _choice("w8a8_fp8", "mode", mode, ("dynamic", "static", "delayed"))
+    delayed = Delayed(history, margin, amax)
+    if mode != "delayed" and delayed != Delayed():
+        raise SchemeError(f"w8a8_fp8: {delayed} is for mode=delayed; got mode={mode}")
+    _choice("w8a8_fp8", "amax", amax, ("max", "most_recent"))
+    for option, value, least in (("history", history, 1), ("margin", margin, 0)):
+        if type(value) is not int or value < least:
+            raise SchemeError(f"w8a8_fp8: {option}={value!r}; allowed: an integer from {least}")
+    x = Activation("e4m3", activation)
+    if mode != "dynamic":
+        x = Activation("e4m3", "tensor", "static", delayed=delayed if mode == "delayed" else None)
     given = dict(format=format, granularity=granularity, activation=x.granularity, mode=mode)
-    return dataclasses.replace(scheme, spec=_changed("w8a8_fp8", given), activation=x)
+    spec = _changed("w8a8_fp8", given | dataclasses.asdict(delayed))
+    return dataclasses.replace(scheme, spec=spec, activation=x)
 
 
 def _codebook_scheme(name: str, block_size: int, double_quant: bool) -> Scheme:

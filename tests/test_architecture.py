@@ -71,6 +71,7 @@ MAY_IMPORT = {
         f"{TENSOR} qjax.activations qjax.epilogue qjax.outliers qjax.partition qjax.product qjax.quantize_call"
     ),
     "qjax.outliers": Row(f"{TENSOR} qjax.partition"),
+    "qjax.delayed": Row(f"{TENSOR} qjax.partition"),
     "qjax.quantize_call": Row(f"{TENSOR} qjax.activations qjax.partition qjax.dispatch"),
     "qjax.product": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.kernel_call"),
     "qjax.partition": Row(TENSOR),
@@ -96,14 +97,16 @@ MAY_IMPORT = {
     "qjax.progress": Row("", "rich"),
     "qjax.lookup": Row(f"{TENSOR} qjax.dequantize"),
     "qjax.flax_kernel": Row(f"{TENSOR} qjax.quantize qjax.partition qjax.sharding"),
-    "qjax.convert": Row(f"{TENSOR} qjax.flax_kernel qjax.progress qjax.rules qjax.linen"),
-    "qjax.fake_quant": Row("qjax.convert qjax.flax_kernel qjax.schemes qjax.linen"),
+    "qjax.learned_scale": Row(f"{TENSOR} qjax.dequantize qjax.flax_kernel qjax.quantize qjax.quotient", "flax"),
+    "qjax.convert": Row(f"{TENSOR} qjax.flax_kernel qjax.learned_scale qjax.progress qjax.rules qjax.linen"),
+    "qjax.fake_quant": Row("qjax.convert qjax.flax_kernel qjax.learned_scale qjax.schemes qjax.linen"),
     "qjax.explain": Row(f"{TENSOR} qjax.kernel_call qjax.dispatch qjax.devices", "flax"),
     "qjax.checkpoints.load": Row(f"{TENSOR} qjax.checkpoints qjax.models qjax.devices qjax.sharding"),
-    "qjax.checkpoints.save": Row(f"{TENSOR} qjax.checkpoints qjax.models", "flax"),
-    "qjax.linen.*": Row(f"{PRODUCT} qjax.rules qjax.flax_kernel qjax.lookup", "flax"),
+    "qjax.checkpoints.save": Row(f"{TENSOR} qjax.checkpoints qjax.models qjax.nnx", "flax"),
+    "qjax.linen.*": Row(f"{PRODUCT} qjax.delayed qjax.rules qjax.flax_kernel qjax.lookup", "flax"),
     "qjax.nnx.*": Row(
-        f"{PRODUCT} qjax.fake_quant qjax.rules qjax.flax_kernel qjax.lookup qjax.partition qjax.progress qjax.dispatch",
+        f"{PRODUCT} qjax.delayed qjax.fake_quant qjax.rules qjax.flax_kernel qjax.learned_scale qjax.lookup "
+        "qjax.partition qjax.progress qjax.dispatch",
         "flax",
     ),
     "qjax.checkpoints.*": Row(
@@ -124,7 +127,8 @@ MAY_IMPORT = {
         "matplotlib",
     ),
     "qjax.calibration.*": Row(
-        f"{PRODUCT} qjax.quotient qjax.convert qjax.flax_kernel qjax.linen qjax.nnx qjax.progress qjax.rules qjax.spec",
+        f"{PRODUCT} qjax.quotient qjax.checkpoints qjax.convert qjax.flax_kernel qjax.linen qjax.nnx qjax.progress "
+        "qjax.rules qjax.spec",
         "flax",
     ),
     "qjax.budget.*": Row(

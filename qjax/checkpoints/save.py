@@ -99,6 +99,8 @@ def _variables(model: Any) -> Iterator[tuple[str, str, Any]]:
     from qjax.models.llama import Llama
     from qjax.models.merge import MergedLinear
     from qjax.models.tensor_names import TensorNames
+    from qjax.nnx import QLoRALinear
+    from qjax.nnx.delayed import DelayedScale
 
     if not isinstance(model, Llama):
         raise CheckpointError(f"save takes a qjax.models.Llama, whose tensors have names; got {type(model).__name__}")
@@ -106,6 +108,12 @@ def _variables(model: Any) -> Iterator[tuple[str, str, Any]]:
         if isinstance(module, MergedLinear):
             where = ".".join(map(str, path))
             raise CheckpointError(f"{where}: is merged, and files hold its parts: save the model before `merge`")
+        if isinstance(module, QLoRALinear):
+            where = ".".join(map(str, path))
+            raise CheckpointError(f"{where}: has an adapter, which files have no place for: qjax.nnx.merge_lora first")
+        if isinstance(module, DelayedScale):
+            where = ".".join(map(str, path[:-1]))
+            raise CheckpointError(f"{where}: has a delayed scale of x: make it static by qjax.nnx.fix_scales first")
         for name, variable in vars(module).items():
             if isinstance(variable, nnx.Variable):
                 yield TensorNames().prefix(".".join(map(str, path))), name, variable.get_value()

@@ -13,6 +13,7 @@ from flax.linen.module import merge_param
 from qjax.contract import dot_general, einsum
 from qjax.errors import QuantizeError
 from qjax.flax_kernel import KernelUse
+from qjax.linen.delayed import with_delayed_scale
 from qjax.lookup import look_up
 from qjax.matmul import matmul
 from qjax.qtensor import QTensor
@@ -43,7 +44,7 @@ def dense(layer: Any, inputs: Any, w: QTensor, bias: Any, backend: str | None) -
     """`nn.Dense`: `[..., K]` by `[K, N]`, plus a bias `[N]`."""
     refuse_dot_general(layer)
     inputs, bias = _promote(layer, inputs, w, bias)
-    return matmul(inputs, w, bias, backend=backend)
+    return matmul(inputs, with_delayed_scale(layer, inputs, w), bias, backend=backend)
 
 
 def dense_general(layer: Any, inputs: Any, w: QTensor, bias: Any, backend: str | None) -> jax.Array:
@@ -52,6 +53,7 @@ def dense_general(layer: Any, inputs: Any, w: QTensor, bias: Any, backend: str |
     inputs, bias = _promote(layer, inputs, w, bias)
     axis, batch, _ = general_axes(layer, inputs.ndim)
     use = general_use(len(axis), len(batch))
+    w = with_delayed_scale(layer, inputs, w)
     y = dot_general(inputs, w, ((axis, use.contracted), (batch, use.stacked)), backend=backend)
     if bias is None:
         return y
@@ -109,6 +111,7 @@ def einsum_bias_shape(spec: str, kernel: tuple[int, ...]) -> tuple[int, ...]:
 def einsum_layer(layer: Any, inputs: Any, w: QTensor, bias: Any, spec: str, backend: str | None) -> jax.Array:
     """`nn.Einsum`: the expression, plus a bias over the kernel's axes in the result."""
     inputs, bias = _promote(layer, inputs, w, bias)
+    w = with_delayed_scale(layer, inputs, w)
     y = einsum(spec, inputs, w, out_dtype=layer.preferred_element_type, backend=backend)
     if bias is None:
         return y
@@ -135,4 +138,4 @@ def embed(layer: Any, inputs: jax.Array, w: QTensor) -> jax.Array:
 def attend(layer: Any, query: jax.Array, w: QTensor, backend: str | None) -> jax.Array:
     """`nn.Embed.attend`: `query @ table.T`, which is the product that the table is stored for."""
     query, _ = layer.promote_dtype(query, jnp.zeros((0,), w.dtype), dtype=layer.dtype)
-    return matmul(query, w, backend=backend)
+    return matmul(query, with_delayed_scale(layer, query, w), backend=backend)

@@ -6,7 +6,7 @@ tuple, two modules that share it, a closure, the caller whose module is itself a
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from absl import logging
 from flax import nnx
 
 from qjax.errors import QuantizeError, RuleError
+from qjax.learned_scale import refuse_unknown
 from qjax.nnx.layer import refuse_custom_product, stand_in
 from qjax.nnx.qeinsum import QEinsum, einsum_axes
 from qjax.nnx.qembed import EMBED_AXES, QEmbed
@@ -91,7 +92,7 @@ class Task:
 
     def swap_in(self, kernel: QParam) -> None:
         """Makes the layer its quantized namesake around a kernel."""
-        _become(self.layer, self.swap.build(self.layer, kernel))
+        become(self.layer, self.swap.build(self.layer, kernel))
 
 
 def _plan(modules: dict[str, nnx.Module], rules: RuleUse) -> list[Task]:
@@ -150,7 +151,7 @@ def _check_ties(modules: dict[str, nnx.Module], tasks: list[Task]) -> None:
                 )
 
 
-def _become(layer: nnx.Module, new: nnx.Module) -> None:
+def become(layer: nnx.Module, new: nnx.Module) -> None:
     """Turns an object into another one, under nnx's own rules for setting attributes."""
     for name in list(vars(layer)):
         if not name.startswith("_pytree__"):
@@ -179,7 +180,12 @@ def plan(module: Any, scheme_or_rules: Any) -> list[Task]:
 
 
 def quantize[M: nnx.Module](
-    module: M, scheme_or_rules: Any, *, partial_groups: bool = False, progress: bool | None = None
+    module: M,
+    scheme_or_rules: Any,
+    *,
+    partial_groups: bool = False,
+    scales: Mapping[str, jax.Array] | None = None,
+    progress: bool | None = None,
 ) -> M:
     """Quantizes the layers of a module in place.
 
@@ -193,6 +199,7 @@ def quantize[M: nnx.Module](
       scheme_or_rules: a scheme, its string, or rules (`qjax.rules.as_rules`). Paths are those of `nnx.iter_modules`,
         joined by '/': `layers/0/mlp/up_proj`. Layers know their axes: `axis` and `stacked` of a rule are not asked.
       partial_groups: allow a short last group where the group size does not divide K.
+      scales: by paths of kernels, for those that have learned theirs (`qjax.nnx.fake_quantize`).
       progress: True, False, or None for a bar on a terminal when the work takes longer than two seconds.
 
     Returns:
@@ -205,16 +212,17 @@ def quantize[M: nnx.Module](
       ShardingError: as `qjax.nnx.quantize_param`.
     """
     tasks = plan(module, scheme_or_rules)
+    refuse_unknown(scales, {task.where for task in tasks})
     kernels: dict[int, QParam] = {}
     for task in track(tasks, "quantizing", show=progress):
         key = id(task.param)
         if key not in kernels:
-            kernels[key] = _quantize(task, partial_groups)
+            kernels[key] = _quantize(task, partial_groups, (scales or {}).get(task.where))
         task.swap_in(kernels[key])
     return module
 
 
-def _quantize(task: Task, partial_groups: bool) -> QParam:
+def _quantize(task: Task, partial_groups: bool, scale: jax.Array | None) -> QParam:
     rule = task.rule
     assert rule.scheme is not None, task.path
     kernel = quantize_param(
@@ -224,5 +232,6 @@ def _quantize(task: Task, partial_groups: bool) -> QParam:
         where=task.where,
         partial_groups=partial_groups or rule.partial_groups,
         k_pieces=rule.k_pieces,
+        scale=scale,
     )
     return jax.block_until_ready(kernel)

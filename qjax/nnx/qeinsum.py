@@ -12,6 +12,7 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from qjax.contract import einsum
 from qjax.errors import QTensorError
+from qjax.nnx.delayed import DelayedScale, delayed_scale, scaled
 from qjax.nnx.layer import NO_RNGS, draw_bias, draw_kernel, place, promote, refuse_custom_product, stand_in, with_bias
 from qjax.nnx.qparam import KernelAxes, QParam, quantize_param
 from qjax.qtensor import QTensor
@@ -49,10 +50,12 @@ class QEinsum(nnx.Module):
 
     Attributes:
       kernel: QParam of a QTensor of `kernel_shape`; more leading axes stack layers.
+      delayed: the scale of x where the scheme delays it, or None.
       bias: `nnx.Param` of `bias_shape`, or None.
     """
 
     kernel: QParam
+    delayed: DelayedScale | None
     bias: nnx.Param[jax.Array] | None
 
     def __init__(
@@ -103,6 +106,7 @@ class QEinsum(nnx.Module):
             scheme,
             partial_groups=partial_groups,
         )
+        self.delayed = delayed_scale(self.kernel)
         self.bias = draw_bias(bias_init, rngs, bias_shape, param_dtype, bias_metadata)
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -153,6 +157,7 @@ class QEinsum(nnx.Module):
         w = self.kernel.get_value()
         bias = None if self.bias is None else self.bias[...]
         x, bias = promote(self.promote_dtype, inputs, w, bias, dtype=self.dtype)
+        w = scaled(self.delayed, x, w)
         y = place(einsum(spec, x, w, out_dtype=self.preferred_element_type, backend=self.backend), out_sharding)
         return y if bias is None else y + jnp.reshape(bias, self._bias_rows(spec, y.ndim))
 

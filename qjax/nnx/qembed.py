@@ -14,6 +14,7 @@ from flax.nnx.nn.linear import default_embed_init
 from qjax.errors import QTensorError
 from qjax.lookup import look_up
 from qjax.matmul import matmul
+from qjax.nnx.delayed import DelayedScale, delayed_scale, scaled
 from qjax.nnx.layer import NO_RNGS, draw_kernel, place, promote, stand_in
 from qjax.nnx.qparam import KernelAxes, QParam, quantize_param
 from qjax.qtensor import QTensor
@@ -27,9 +28,11 @@ class QEmbed(nnx.Module):
 
     Attributes:
       embedding: QParam of a QTensor `[num_embeddings, features]`, stored by rows: groups run along `features`.
+      delayed: the scale of a query where the scheme delays it, or None.
     """
 
     embedding: QParam
+    delayed: DelayedScale | None
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class QEmbed(nnx.Module):
             scheme,
             partial_groups=partial_groups,
         )
+        self.delayed = delayed_scale(self.embedding)
         self.num_embeddings = num_embeddings
         self.features = features
         self.dtype = dtype or self.embedding.get_value().dtype
@@ -118,4 +122,4 @@ class QEmbed(nnx.Module):
         """The product with every embedding: `[..., features]` -> `[..., num_embeddings]`."""
         table = self.embedding.get_value()
         (x,) = promote(self.promote_dtype, query, table, dtype=self.dtype)
-        return place(matmul(x, table, backend=self.backend), out_sharding)
+        return place(matmul(x, scaled(self.delayed, x, table), backend=self.backend), out_sharding)

@@ -11,6 +11,7 @@ from flax.nnx.nn.dtypes import promote_dtype as default_promote_dtype
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from qjax.matmul import matmul
+from qjax.nnx.delayed import DelayedScale, delayed_scale, scaled
 from qjax.nnx.layer import NO_RNGS, draw_bias, draw_kernel, place, promote, refuse_custom_product, stand_in, with_bias
 from qjax.nnx.qparam import KernelAxes, QParam, quantize_param
 from qjax.qtensor import QTensor
@@ -24,10 +25,12 @@ class QLinear(nnx.Module):
 
     Attributes:
       kernel: QParam of a QTensor `[in_features, out_features]`; a leading axis, as `nnx.vmap` makes, stacks layers.
+      delayed: the scale of x where the scheme delays it, or None.
       bias: `nnx.Param` `[out_features]`, or None.
     """
 
     kernel: QParam
+    delayed: DelayedScale | None
     bias: nnx.Param[jax.Array] | None
 
     def __init__(
@@ -72,6 +75,7 @@ class QLinear(nnx.Module):
             kernel_init, rngs, shape, param_dtype, kernel_metadata, LINEAR_AXES, scheme, partial_groups=partial_groups
         )
         bias_shape = (out_features,) if use_bias else None
+        self.delayed = delayed_scale(self.kernel)
         self.bias = draw_bias(bias_init, rngs, bias_shape, param_dtype, bias_metadata)
         self.in_features = in_features
         self.out_features = out_features
@@ -124,4 +128,6 @@ class QLinear(nnx.Module):
         out_dtype = self.preferred_element_type
         if out_dtype is not None and bias is not None:
             out_dtype = jnp.promote_types(out_dtype, bias.dtype)
-        return place(matmul(x, w, bias, out_dtype=out_dtype, backend=self.backend), out_sharding)
+        return place(
+            matmul(x, scaled(self.delayed, x, w), bias, out_dtype=out_dtype, backend=self.backend), out_sharding
+        )

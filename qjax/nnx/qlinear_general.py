@@ -14,6 +14,7 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from qjax.contract import dot_general as contract
 from qjax.errors import QTensorError
+from qjax.nnx.delayed import DelayedScale, delayed_scale, scaled
 from qjax.nnx.layer import (
     NO_RNGS,
     draw_bias,
@@ -44,10 +45,12 @@ class QLinearGeneral(nnx.Module):
 
     Attributes:
       kernel: QParam of a QTensor `[*batch, *in_features, *out_features]`; more leading axes stack layers.
+      delayed: the scale of x where the scheme delays it, or None.
       bias: `nnx.Param` `[*batch, *out_features]`, or None.
     """
 
     kernel: QParam
+    delayed: DelayedScale | None
     bias: nnx.Param[jax.Array] | None
 
     def __init__(
@@ -99,6 +102,7 @@ class QLinearGeneral(nnx.Module):
             draw, rngs, shape, param_dtype, kernel_metadata, axes, scheme, partial_groups=partial_groups
         )
         draw = flattened(bias_init, (math.prod(bias_shape),))
+        self.delayed = delayed_scale(self.kernel)
         self.bias = draw_bias(draw, rngs, bias_shape if use_bias else None, param_dtype, bias_metadata)
         self.use_bias = use_bias
         self.dtype = dtype
@@ -160,6 +164,7 @@ class QLinearGeneral(nnx.Module):
         batch = sorted(a % x.ndim for a in self.batch_axis)
         inner = range(len(batch), len(batch) + len(axis))
         numbers = ((axis, tuple(inner)), (batch, tuple(range(len(batch)))))
+        w = scaled(self.delayed, x, w)
         y = contract(x, w, numbers, out_dtype=self.preferred_element_type, backend=self.backend)
         y = place(y, out_sharding)
         if bias is None:

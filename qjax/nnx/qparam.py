@@ -87,6 +87,7 @@ def quantize_param(
     where: str = "kernel",
     partial_groups: bool = False,
     k_pieces: int = 1,
+    scale: jax.Array | None = None,
 ) -> QParam:
     """A float Param as a QParam, with its metadata, on the devices where it lies.
 
@@ -94,7 +95,7 @@ def quantize_param(
       param: holds the kernel; where that is cut over a mesh, so are the QTensor's arrays, and K is padded by shards.
       axes: of its kernel.
       scheme: a `qjax.Scheme` or its string.
-      where, partial_groups, k_pieces: as `qjax.quantize_array`.
+      where, partial_groups, k_pieces, scale: as `qjax.quantize_array`.
 
     Raises:
       QuantizeError: as `qjax.quantize_array`; for a Param with hooks, which expect an array.
@@ -103,7 +104,7 @@ def quantize_param(
     metadata = metadata_of(param, where)
     kernel = param.get_value()
     use = axes.use(kernel.ndim)
-    options: dict[str, Any] = {"where": where, "partial_groups": partial_groups}
+    options: dict[str, Any] = {"where": where, "partial_groups": partial_groups, "scale": scale}
     home = _traced_sharding(param)
     if home is None:
         return QParam(quantize_kernel(kernel, scheme, use, **options, k_pieces=k_pieces), **metadata)

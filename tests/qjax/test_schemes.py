@@ -133,7 +133,7 @@ class TextTest(parameterized.TestCase):
         ("fp8:granularity=token", r"granularity='token'; allowed: 'tensor', 'channel', 'block'"),
         ("w8a8_int8:activation=block", r"w8a8_int8: activation='block'; allowed: 'token'"),
         ("w8a8_int8:outliers=-6.0", r"w8a8_int8: outliers=-6.0; allowed: a positive number"),
-        ("w8a8_fp8:mode=delayed", r"w8a8_fp8: mode='delayed'; allowed: 'dynamic', 'static'"),
+        ("w8a8_fp8:mode=late", r"w8a8_fp8: mode='late'; allowed: 'dynamic', 'static', 'delayed'"),
         ("nf4:block_size=-64", r"nf4: block_size=-64; allowed: a positive integer"),
         ("nf4:block_size=true", r"nf4: block_size=True; allowed"),
         ("nf4:double_quant=2", r"nf4: double_quant=2; allowed: True, False"),
