@@ -21,6 +21,7 @@ from qjax.quantize import quantize_array as quantize_array
 from qjax.rules import Rule as Rule
 from qjax.schemes import FP4 as FP4
 from qjax.schemes import FP8 as FP8
+from qjax.schemes import HIGGS as HIGGS
 from qjax.schemes import MXFP4 as MXFP4
 from qjax.schemes import MXFP8 as MXFP8
 from qjax.schemes import NF4 as NF4

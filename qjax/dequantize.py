@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from qjax.hadamard import rotate
 from qjax.layouts import unpack
 from qjax.qtensor import QTensor
 
@@ -92,7 +93,7 @@ def dequantize(w: QTensor, dtype: Any = None) -> jax.Array:
     """The weight that `qjax.matmul` multiplies by, as an array of `w.shape`.
 
     Args:
-      w: any QTensor; `input_perm` and `input_scale`, which products apply to x, are undone here.
+      w: any QTensor; a rotation, `input_perm` and `input_scale`, which products apply to x, are undone here.
       dtype: of the result; default `w.dtype`. The arithmetic is float32.
 
     Returns:
@@ -123,6 +124,8 @@ def _kernel_spec(w: QTensor) -> PartitionSpec:
 
 def _dequantize(w: QTensor, dtype: Any) -> jax.Array:
     kernel = rows_of_k(w)
+    if w.scheme.hadamard:
+        kernel = rotate(kernel, w.scheme.hadamard)
     if w.input_perm is not None:
         kernel = jnp.take_along_axis(kernel, jnp.argsort(w.input_perm, axis=-1)[..., None, :], axis=-1)
     if w.input_scale is not None:

@@ -30,6 +30,7 @@ class Format:
       storage: numpy dtype of the codes where they are not packed into words (8 bits), else "uint8".
       codebook: value of each code, for `codebook` formats.
       ties: where a value half way between two neighbours goes.
+      scale_by: what new scales bring to 1: a block's "peak", over `maximum`, or its root mean square.
       emax: exponent of the largest binade (MX scales), for the formats that MX uses.
     """
 
@@ -40,6 +41,7 @@ class Format:
     storage: str = "uint8"
     codebook: tuple[float, ...] | None = None
     ties: Ties = "even"
+    scale_by: Literal["peak", "rms"] = "peak"
     emax: int | None = None
 
     @property
@@ -67,6 +69,12 @@ _NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
+# Lloyd and Max's levels for the normal distribution: each the mean of what is nearer to it than to its neighbours.
+_HIGGS = (
+    0.12839502985114684, 0.38804829949029207, 0.656759118532465, 0.9423404564869625,
+    1.256231197347178, 1.6180463860218814, 2.069017226531385, 2.732589570995161,
+)  # fmt: skip
+
 
 def _dynamic_map() -> tuple[float, ...]:
     """bitsandbytes' signed dynamic map: 7 decades, decade i split into 2^i steps, 0 and 1 added, ascending."""
@@ -92,6 +100,7 @@ FORMATS: dict[str, Format] = {
         Format("e2m1", 4, "codebook", 6.0, codebook=_symmetric(_E2M1), emax=2),
         Format("nf4", 4, "codebook", 1.0, codebook=_NF4, ties="lower"),
         Format("fp4", 4, "codebook", 1.0, codebook=_symmetric(_FP4), ties="away"),
+        Format("higgs4", 4, "codebook", _HIGGS[-1], codebook=(*(-v for v in _HIGGS[::-1]), *_HIGGS), scale_by="rms"),
         Format("dynamic8", 8, "codebook", 1.0, codebook=_dynamic_map(), ties="lower"),
     )
 }

@@ -1,8 +1,8 @@
 """`matmul`: the only door to kernels, and the gradient of what is behind it.
 
-What belongs to x (`input_scale`, `input_perm`, its quantization) happens here, before the product is cut over devices;
-the gradient of quantizing x is taken as the identity. Weights have no gradient: asking for one is an error, since
-integer leaves would give silent zeros.
+What belongs to x (`input_scale`, `input_perm`, a rotation, its quantization) happens here, before the product is cut
+over devices; the gradient of quantizing x is taken as the identity. Weights have no gradient: asking for one is an
+error, since integer leaves would give silent zeros.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 from qjax.activations import Rows
 from qjax.epilogue import ACTIVATIONS, GATED, apply_epilogue
 from qjax.errors import QTensorError
+from qjax.hadamard import rotate
 from qjax.outliers import outlier_product, split_outliers
 from qjax.partition import mesh_of
 from qjax.product import Call, Operands, check_placed, product
@@ -146,6 +147,8 @@ def _qjax_matmul(static: _Static, x: jax.Array, w: QTensor, bias: Any, residual:
         x = x * _rows_axes(w.input_scale, x.ndim).astype(x.dtype)
     if w.input_perm is not None:
         x = jnp.take_along_axis(x, _rows_axes(w.input_perm, x.ndim), axis=-1)
+    if w.scheme.hadamard:
+        x = rotate(x, w.scheme.hadamard)
     act_scale = None
     if static.quantize is not None and static.quantize.mode == "static":
         assert w.act_scale is not None, "checked in matmul"
@@ -187,6 +190,8 @@ def _check(x: Any, w: Any, bias: Any, activation: str | None, residual: Any) -> 
     result = (*x.shape[:-1], halves if activation in GATED else w.out_features)
     if residual is not None and tuple(residual.shape) != result:
         raise QTensorError(f"residual of shape {tuple(residual.shape)}; the product has {result}")
+    if w.scheme.hadamard and w.in_features % w.scheme.hadamard:
+        raise QTensorError(f"{w.scheme} rotates blocks of K={w.in_features}, which a shard of this weight would cut")
     quantize = w.scheme.activation
     if quantize is not None and quantize.mode == "static" and w.act_scale is None:
         raise QTensorError(

@@ -3,7 +3,9 @@
     w[k, n] = (code[n, k] - zero_point[n', k']) * scale[n', k'] * global_scale        integer and float codes
     w[k, n] = (codebook[code[n, k]] * scale[n', k']) * global_scale + offset          codebook codes
 
-with n' = n // block_n and k' = k // block_k. JAX rebuilds a QTensor around tracers, shapes, specs and placeholders, so
+with n' = n // block_n and k' = k // block_k, and k rotated where the scheme has a `hadamard`.
+
+JAX rebuilds a QTensor around tracers, shapes, specs and placeholders, so
 `__init__` checks nothing: `validate_qtensor` does, at the door. Shapes are computed from the arrays, never stored: a
 scan, vmap or shard_map slices arrays and not static fields.
 """

@@ -10,6 +10,7 @@ import numpy as np
 from qjax.dequantize import expand_blocks
 from qjax.errors import QuantizeError
 from qjax.formats import FORMATS, Format, codebook_thresholds
+from qjax.hadamard import rotate
 from qjax.layouts import pack
 from qjax.qtensor import QTensor, k_pieces, scale_shape
 from qjax.quotient import quotient
@@ -87,6 +88,12 @@ def _power_of_two(amax: jax.Array, form: Format) -> tuple[jax.Array, jax.Array]:
     return jax.lax.bitcast_convert_type(biased.astype(jnp.uint8), jnp.float8_e8m0fnu), inverse
 
 
+def _root_mean_square(w: jax.Array, scheme: Scheme) -> jax.Array:
+    """Of each block, `[..., R, C]`; a short last block has fewer elements."""
+    count = reduce_blocks(jnp.ones_like(w), scheme.block, jnp.sum)
+    return jnp.sqrt(reduce_blocks(w * w, scheme.block, jnp.sum) / count)
+
+
 def _scaled(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Array]:
     """Float and codebook formats, whose scale is the block's maximum over the format's."""
     form, (n, k) = scheme.format, w.shape[-2:]
@@ -96,7 +103,8 @@ def _scaled(w: jax.Array, scheme: Scheme, dtype: np.dtype) -> dict[str, jax.Arra
         scale, inverse = _power_of_two(amax, form)
         return dict(codes=encode(w * spread(inverse), form), scale=scale)
     if not scheme.global_scale:
-        scale = to_range(quotient(amax, form.maximum), dtype)
+        size = quotient(amax, form.maximum) if form.scale_by == "peak" else _root_mean_square(w, scheme)
+        scale = to_range(size, dtype)
         return dict(codes=encode(quotient(w, spread(scale.astype(jnp.float32))), form), scale=scale)
     total = quotient(jnp.max(amax, axis=(-2, -1)), _E4M3.maximum * form.maximum)
     total = jnp.where(total == 0, 1.0, total)
@@ -122,6 +130,8 @@ def _quantize(
 ) -> QTensor:
     """`[..., K, N]` -> QTensor; everything that needs a value was checked before."""
     w = w.astype(jnp.float32).swapaxes(-1, -2)
+    if scheme.hadamard:
+        w = rotate(w, scheme.hadamard)
     is_int = scheme.format.kind == "int"
     found = _integer(w, scheme, scale_dtype, given) if is_int else _scaled(w, scheme, scale_dtype)
     codes, scale = found.pop("codes"), found.pop("scale")
@@ -176,6 +186,8 @@ def check_kernel(where: str, w: Any, scheme: Scheme, partial_groups: bool, piece
         raise QuantizeError(f"{where}: K={k} cannot be cut into k_pieces={pieces}")
     if block_k and pieces > 1 and (k // pieces) % block_k:
         raise QuantizeError(f"{where}: a piece of K={k // pieces} cuts groups of {block_k} (k_pieces={pieces})")
+    if scheme.hadamard and k % scheme.hadamard:
+        raise QuantizeError(f"{where}: hadamard_size={scheme.hadamard} does not divide K={k}")
     # Blocks over rows and columns may be short at the edge, as in every FP8 block checkpoint.
     if block_k and k % block_k and block_n == 1 and not partial_groups:
         fits = [str(g) for g in (16, 32, 64, 128, 256) if k % g == 0]

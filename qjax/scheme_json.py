@@ -61,6 +61,7 @@ def scheme_from_dict(fields: dict[str, Any]) -> Scheme:
         "nested; a positive integer or null": _is_size(scheme.nested),
         f"weight; known: {', '.join(FORMATS)}": scheme.weight in FORMATS,
         f"scale_dtype; known: {', '.join(SCALE_DTYPES)}": scheme.scale_dtype in SCALE_DTYPES,
+        "hadamard; a power of two or null": _is_size(scheme.hadamard) and not (h := scheme.hadamard or 1) & (h - 1),
         "block; two positive integers or nulls": _is_block(scheme.block),
         "activation": scheme.activation is None or _is_activation(scheme.activation),
     }

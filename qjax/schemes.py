@@ -10,95 +10,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from qjax.errors import SchemeError
-from qjax.formats import FORMATS, Format
+from qjax.scheme import Activation as Activation
+from qjax.scheme import Delayed as Delayed
+from qjax.scheme import Scheme as Scheme
 from qjax.spec import read_spec, write_spec
 
 Granularity = Literal["tensor", "channel", "block"]
 GroupSize = int | Literal["channel", "tensor"]
 Float8 = Literal["e4m3", "e5m2"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Delayed:
-    """A static scale that layers keep up to date from what they met before (`qjax.delayed`).
-
-    Attributes:
-      history: how many calls are remembered.
-      margin: the range is `2^margin` times the largest magnitude.
-      amax: of those remembered the largest ("max"), or that of the last call ("most_recent").
-    """
-
-    history: int = 1024
-    margin: int = 0
-    amax: Literal["max", "most_recent"] = "max"
-
-
-@dataclasses.dataclass(frozen=True)
-class Activation:
-    """How x is quantized before the product.
-
-    Attributes:
-      format: `int8` or `e4m3`.
-      granularity: one scale a `token` (row of x), for the whole `tensor`, or for each `block` of 128 along K.
-      mode: `dynamic` (from x itself) or `static` (the QTensor's `act_scale`; per tensor).
-      outliers: columns where some row's magnitude reaches this leave x and are multiplied as they are, up to a 64th of
-        K (`qjax.outliers`); None for none.
-      delayed: where the static scale comes from while a model trains; None leaves it as it is.
-    """
-
-    format: Literal["int8", "e4m3"]
-    granularity: Literal["token", "tensor", "block"] = "token"
-    mode: Literal["dynamic", "static"] = "dynamic"
-    outliers: float | None = None
-    delayed: Delayed | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheme:
-    """What a QTensor's arrays mean. Hashable, so that it can be static under `jit`.
-
-    Attributes:
-      spec: the command-line string, `w4a16:group_size=128`.
-      weight: a row of `qjax.formats.FORMATS`.
-      block: `(block_n, block_k)`, the rows and columns of `[N, K]` that share a scale; None is the whole axis.
-      scale_dtype: dtype of new scales; `float8_e8m0fnu` makes them powers of two (MX).
-      symmetric: integers only: whether zero points are left out.
-      global_scale: whether block scales are relative to one of the tensor (NVFP4).
-      nested: block of double quantization of the scales, in scales; None for none.
-      activation: how x is quantized; None leaves it alone.
-    """
-
-    spec: str
-    weight: str
-    block: tuple[int | None, int | None] = (1, None)
-    scale_dtype: str = "float32"
-    symmetric: bool = True
-    global_scale: bool = False
-    nested: int | None = None
-    activation: Activation | None = None
-
-    @property
-    def format(self) -> Format:
-        """The weight's element format."""
-        return FORMATS[self.weight]
-
-    @property
-    def bits(self) -> int:
-        """Bits of a stored code, scales not counted."""
-        return self.format.bits
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether a value is an integer times one scale: no zero point, no second level."""
-        return self.format.kind == "int" and self.symmetric
-
-    @property
-    def is_static(self) -> bool:
-        """Whether x is quantized by a scale that is known beforehand, the QTensor's `act_scale`."""
-        return self.activation is not None and self.activation.mode == "static"
-
-    def __str__(self) -> str:
-        return self.spec
 
 
 def _changed(name: str, options: dict[str, Any], always: tuple[str, ...] = ()) -> str:
@@ -341,6 +260,28 @@ def FP4(block_size: int = 64, double_quant: bool = False) -> Scheme:
     return _codebook_scheme("fp4", block_size, double_quant)
 
 
+def HIGGS(group_size: int = 128, hadamard_size: int = 128) -> Scheme:
+    """HIGGS with a grid of scalars: K is rotated by Hadamard matrices, which makes weights Gaussian, and rounded to the
+    16 values that err least on a Gaussian.
+
+    `W_r = W' blockdiag(H / sqrt(h))`, `s = sqrt(mean(w^2))` over a group of it (1 if 0), float16, `code` of the value
+    nearest to `w / s`, `w' = grid[code] * s`; products rotate x as well. The grid is Lloyd and Max's for the normal
+    distribution, which is the paper's for p = 1, n = 16.
+    Source: Malinovskii et al., Pushing the Limits of Large Language Model Quantization via the Linearity Theorem
+    (2024), section 4; Max, Quantizing for Minimum Distortion (1960).
+
+    Args:
+      group_size: elements of rotated K that share a scale.
+      hadamard_size: h, a power of two that divides K.
+    """
+    for option, value in (("group_size", group_size), ("hadamard_size", hadamard_size)):
+        if type(value) is not int or value < 1 or (option == "hadamard_size" and value & (value - 1)):
+            allowed = "a power of two" if option == "hadamard_size" else "a positive integer"
+            raise SchemeError(f"higgs: {option}={value!r}; allowed: {allowed}")
+    spec = _changed("higgs", dict(group_size=group_size, hadamard_size=hadamard_size), always=("group_size",))
+    return Scheme(spec, "higgs4", (1, group_size), "float16", hadamard=hadamard_size)
+
+
 def MXFP4() -> Scheme:
     """MXFP4: blocks of 32 along K, `e = floor(log2(max|w|)) - 2`, scale `2^e` in e8m0 (2^-127 in a block of zeros),
     `code = e2m1(w / 2^e)` to nearest, half to even, saturating at 6. Source: OCP MX 1.0, sections 5.3 and 6.3."""
@@ -373,6 +314,7 @@ SCHEMES: dict[str, Callable[..., Scheme]] = {
     "w8a8_fp8": W8A8FP8,
     "nf4": NF4,
     "fp4": FP4,
+    "higgs": HIGGS,
     "mxfp4": MXFP4,
     "mxfp8": MXFP8,
     "nvfp4": NVFP4,

@@ -39,7 +39,7 @@ EVERYWHERE = {
     "xla_ffi": {"jax", "numpy"},
 }
 
-TENSOR = "qjax.formats qjax.schemes qjax.layouts qjax.qtensor"
+TENSOR = "qjax.formats qjax.scheme qjax.schemes qjax.layouts qjax.qtensor"
 PRODUCT = f"{TENSOR} qjax.matmul qjax.contract qjax.quantize qjax.dequantize qjax.sharding"
 PUBLIC = f"qjax {PRODUCT} qjax.linen qjax.nnx qjax.models qjax.checkpoints qjax.dispatch"
 PALLAS = "pallas_kernels.finish pallas_kernels.grouped pallas_kernels.pairs pallas_kernels.result"
@@ -55,20 +55,23 @@ MAY_IMPORT = {
     # What a weight is. A QTensor's methods import what reads it and shows it when they are called.
     "qjax.formats": Row(),
     "qjax.spec": Row(),
-    "qjax.schemes": Row("qjax.formats qjax.spec"),
+    "qjax.scheme": Row("qjax.formats"),
+    "qjax.schemes": Row("qjax.scheme qjax.spec"),
+    "qjax.hadamard": Row(),
     "qjax.scheme_json": Row("qjax.formats qjax.schemes"),
     "qjax.layouts": Row("qjax.formats"),
     "qjax.host_layouts": Row("qjax.layouts"),
     "qjax.qtensor": Row(f"{TENSOR} qjax.dequantize qjax.display"),
-    "qjax.dequantize": Row(TENSOR),
+    "qjax.dequantize": Row(f"{TENSOR} qjax.hadamard"),
     "qjax.quotient": Row(),
-    "qjax.quantize": Row(f"{TENSOR} qjax.dequantize qjax.quotient"),
+    "qjax.quantize": Row(f"{TENSOR} qjax.dequantize qjax.hadamard qjax.quotient"),
     "qjax.rules": Row("qjax.schemes"),
     "qjax.display": Row(f"{TENSOR} qjax.dequantize", "treescope"),
     # A product, from the door down to the kernel.
     "qjax.contract": Row(f"{TENSOR} qjax.matmul"),
     "qjax.matmul": Row(
-        f"{TENSOR} qjax.activations qjax.epilogue qjax.outliers qjax.partition qjax.product qjax.quantize_call"
+        f"{TENSOR} qjax.activations qjax.epilogue qjax.hadamard qjax.outliers qjax.partition qjax.product "
+        "qjax.quantize_call"
     ),
     "qjax.outliers": Row(f"{TENSOR} qjax.partition"),
     "qjax.delayed": Row(f"{TENSOR} qjax.partition"),

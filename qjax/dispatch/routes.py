@@ -65,7 +65,7 @@ class Quantizer:
 
 
 INTEGERS = frozenset({"int2", "int3", "int4", "int5", "int6"})
-TABLES = frozenset({"nf4", "fp4"})
+TABLES = frozenset({"nf4", "fp4", "higgs4"})
 BYTES = frozenset({"int8", "e4m3", "e5m2"})
 GPU = frozenset({"gpu"})
 CPU = frozenset({"cpu"})
