@@ -1,6 +1,6 @@
 """What does calibrating one large layer take? GPTQ on a 4096 x 4096 layer that 128 x 2048 tokens enter.
 
-Times the sums over tokens (in float32, 16 windows at a time) and the rounding, each after a first run that compiles, and
+Times the sums over tokens (float32, 16 windows at a time) and the rounding, each after a first run that compiles, and
 says what memory the device held at most. Prints a row at a time and writes `results/gptq-<device>.json`.
 """
 
