@@ -38,6 +38,7 @@ def calibrate(
     partial_groups: bool = False,
     act_scale: ActScale = "max",
     resume: str | os.PathLike[str] | None = None,
+    device_bytes: int | None = None,
     progress: bool | None = None,
     **apply_options: Any,
 ) -> Any:
@@ -59,6 +60,9 @@ def calibrate(
         that was seen; a number such as 99.99, the percentile of magnitudes; "mse", that of least squared error.
       resume: a folder to keep finished layers in, made if it is not there. A call that was interrupted, repeated with
         the same arguments, goes on behind them, and makes what it would have made; then the folder can go.
+      device_bytes: what is kept of all batches between two pieces of the model may take so much of the devices; beyond
+        that it waits in the host's memory. The result is the same to the bit. Weights and the statistics of the layers
+        at hand are not counted.
       progress: True, False, or None for a bar on a terminal when the work takes longer than two seconds.
       **apply_options: further arguments of a linen model's `apply`.
 
@@ -90,7 +94,7 @@ def calibrate(
     journal = journal_at(resume, lambda: task_of(subject, given, **options))
     run = _Calibration(subject, recipe, partial_groups, how, journal)
     if given and (recipe.needs_data or static is not None):
-        run.with_data(given, progress)
+        run.with_data(given, device_bytes, progress)
     else:
         run.without_data(progress)
     return subject.install(run.kernels(), run.norms)
@@ -145,7 +149,7 @@ class _Calibration:
             done = self._kept(number, [unit], None if made is None else Done({unit: (made, None)}))
             self.found[unit], _ = done.weights[unit]
 
-    def with_data(self, batches: list[tuple[Any, ...]], progress: bool | None) -> None:
+    def with_data(self, batches: list[tuple[Any, ...]], device_bytes: int | None, progress: bool | None) -> None:
         """Along the model, every piece of it on all batches."""
         program = trace(self.subject.call, self.leaves, batches[0], self.subject.targets)
         for leaf in unreached(program, self.subject.targets):  # tables are rounded to nearest
@@ -161,6 +165,7 @@ class _Calibration:
             floats=floats,
             counted=self.act_scale != "max",
             known=self._known(),
+            device_bytes=device_bytes,
             progress=progress,
         )
         for number, (stage, statistics) in enumerate(stages):

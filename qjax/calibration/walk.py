@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qjax.calibration.moments import Statistics, add, measure
 from qjax.calibration.program import Input, Program
-from qjax.calibration.segments import Segment, Stage, advance, cut, start
+from qjax.calibration.segments import Frontier, Segment, Stage, advance, cut, start
 from qjax.calibration.subject import Target
 from qjax.errors import CalibrationError
 from qjax.progress import track
@@ -23,6 +23,7 @@ def walk(
     floats: Sequence[jax.Array] | None = None,
     counted: bool = False,
     known: int = 0,
+    device_bytes: int | None = None,
     progress: bool | None = None,
 ) -> Iterator[tuple[Stage, Statistics | None]]:
     """Every stage of layers with what enters it, summed over all batches, in the order of the model.
@@ -34,9 +35,11 @@ def walk(
       floats: other params to run the model with at its side, for statistics that compare both.
       counted: whether magnitudes of inputs are counted too.
       known: how many of the first stages need no statistics, and get None.
+      device_bytes: what lies between segments may take so much of the devices; None for all it needs.
       progress: as of `qjax.progress.track`.
     """
     segments = cut(program)
+    share = None if device_bytes is None else device_bytes // (len(batches) * (1 if floats is None else 2))
     frontiers = [start(program, batch) for batch in batches]
     beside = list(frontiers) if floats is not None else None
     kept: dict[Input, Statistics] = {}
@@ -44,10 +47,12 @@ def walk(
     skipped, wanted = set(stages[:known]), {key for stage in stages[known:] for key in stage.inputs}
     for at, segment in enumerate(track(segments, "calibrating", show=progress)):
         for number in range(len(batches)):
-            seen, frontiers[number] = advance(segment, leaves, frontiers[number])
+            seen, after = advance(segment, leaves, fetched(frontiers[number]))
+            frontiers[number] = stored(after, share)
             aims: dict[Input, jax.Array] = {}
             if floats is not None and beside is not None:
-                aims, beside[number] = advance(segment, floats, beside[number])
+                aims, after = advance(segment, floats, fetched(beside[number]))
+                beside[number] = stored(after, share)
             for key, x in seen.items():
                 if key not in wanted:
                     continue
@@ -70,6 +75,24 @@ def unreached(program: Program, targets: Mapping[int, Target]) -> list[int]:
         if not targets[leaf].is_table:
             raise CalibrationError(f"{targets[leaf].path}: no batch reaches this layer; leave it out by a rule")
     return found
+
+
+def stored(frontier: Frontier, share: int | None) -> Frontier:
+    """A batch's values where they wait: on the devices if they take no more than `share` bytes, else with the host."""
+    if share is None or sum(a.nbytes for a in frontier.values()) <= share:
+        return frontier
+    return {slot: jax.device_put(a, a.sharding.with_memory_kind("pinned_host")) for slot, a in frontier.items()}
+
+
+def fetched(frontier: Frontier) -> Frontier:
+    """The same values on the devices; those of a first segment are as the caller gave them."""
+
+    def fetch(a: jax.Array) -> jax.Array:
+        if not isinstance(a, jax.Array) or a.sharding.memory_kind != "pinned_host":
+            return a
+        return jax.device_put(a, a.sharding.with_memory_kind("device"))
+
+    return {slot: fetch(a) for slot, a in frontier.items()}
 
 
 def _forget(kept: dict[Input, Statistics], later: Sequence[Segment]) -> None:
