@@ -5,6 +5,7 @@ Targets are those of an independent implementation in PyTorch (`references.md` b
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,3 +52,30 @@ def test_a_recipe_keeps_what_it_did_for_a_real_model(texts, scheme, recipe, most
     assert 100 * (found.perplexity / BASE - 1) < most_change
     assert found.kl < most_kl
     assert sum(layer.kernel.nbytes for layer in layers(model) if layer.name == "kernel") <= most_bytes
+
+
+@pytest.mark.slow
+def test_smoothquant_is_worth_it_where_four_channels_are_thirty_times_as_large(texts):
+    calib, held_out = texts
+
+    def outlying():
+        """The same model: norms put four channels out 30 times as large, and the layers behind take it back."""
+        model = qjax.load(PYLM, dtype="float32")
+        factors = jnp.ones(256).at[jnp.array([3, 70, 129, 200])].set(30.0)
+        for layer in model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for norm, behind in (
+                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            ):
+                norm.weight.set_value(norm.weight[...].astype(jnp.float32) * factors)
+                for linear in behind:
+                    linear.kernel.set_value(linear.kernel[...].astype(jnp.float32) / factors[:, None])
+        return model
+
+    base = qjax.load(PYLM, dtype="float32")
+    plain = perplexity(qjax.nnx.quantize(outlying(), "w8a8_int8"), held_out, base=base, max_windows=8)
+    smooth = qjax.calibrate(outlying(), calib[:2], "smoothquant", "w8a8_int8")
+    found = perplexity(smooth, held_out, base=base, max_windows=8)
+    assert found.kl < 0.5 * plain.kl
+    assert found.perplexity < plain.perplexity
