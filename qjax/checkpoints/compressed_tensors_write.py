@@ -10,6 +10,7 @@ from qjax.checkpoints.integers import integers
 from qjax.qtensor import QTensor
 
 FORMAT = "pack-quantized"
+HEAD = "lm_head"
 VERSION = "0.19.0"  # odd widths are packed densely since 0.18
 
 
@@ -67,5 +68,6 @@ def config(weights: Mapping[str, QTensor], dense: Iterable[str]) -> dict[str, An
         "quantization_status": "compressed",
         "version": VERSION,
         "config_groups": groups,
-        "ignore": sorted(dense),
+        # A head that is tied to the embedding is a Linear to other tools, and would be looked for in packed form.
+        "ignore": sorted({*dense, HEAD} - weights.keys()),
     }
