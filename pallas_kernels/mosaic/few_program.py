@@ -37,7 +37,7 @@ class Program:
         """All of it."""
         o, plan, c = self.o, self.plan, self.plan.config
         if plan.m % 8:
-            o.write_real("x", self._zeros + self.quad * 4, 0, o.real(0.0))
+            o.write_real("x", self._zeros + self.quad * 4, 0, o.real(0.0), self.row < 1)
         self.copy_x(self.nothing)
         o.commit()
         turn, chunk = self.nothing, self.nothing
@@ -93,11 +93,10 @@ class Program:
             block = column // 16
             inside = o.choose(row < plan.m, left, self.nothing) > block
             to = self.x + (block * plan.m + row) * X_PITCH + column % 16 * 16
-            if first + 32 > plan.m * of_row:
-                to = o.choose(row < plan.m, to, self._zeros)
+            rest = row < plan.m if first + 32 > plan.m * of_row else None
             column = (self.first_block + chunk * plan.config.blocks) * 16 + column
             at = self.at["x"] + o.minimum(row, plan.m - 1) * (2 * BLOCK * plan.blocks) + column * 16
-            o.copy("x", to, 0, at, 0, 16, inside)
+            o.copy("x", to, 0, at, 0, 16, inside, rest)
 
     def fetch(self, slot: Any, j: int, sources: tuple[list[Any], Any, Any, Any]) -> None:
         """Block j of a chunk of a strip, with the first one all scales and zero points; ends the group."""

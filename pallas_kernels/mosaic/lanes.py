@@ -163,13 +163,23 @@ class Lanes:
         short = {"bfloat16": "bf16", "float16": "f16"}[dtype]
         self._ptx(f"{{ .reg .b16 h; cvt.rn.{short}.f32 h, $1; @$2 st.global.b16 [$0], h; }}", at, value, when)
 
-    def copy(self, name: str, to: Int, offset: int, at: Int, from_offset: int, size: int, when: Int) -> None:
+    def copy(
+        self,
+        name: str,
+        to: Int,
+        offset: int,
+        at: Int,
+        from_offset: int,
+        size: int,
+        when: Int,
+        at_all: Int | None = None,
+    ) -> None:
         """4, 8 or 16 bytes from device memory to shared memory, some time before `wait` says so; zeros where not
-        `when`."""
-        kind = "cg" if size == 16 else "ca"
+        `when`, nothing where not `at_all`."""
+        kind, some = "cg" if size == 16 else "ca", "" if at_all is None else "@$3 "
         self._ptx(
-            f"cp.async.{kind}.shared.global.L2::128B [$0 + {offset}], [$1 + {from_offset}], {size}, $2;",
-            self._shared[name] + to, at, self.choose(when, size, 0),
+            f"{some}cp.async.{kind}.shared.global.L2::128B [$0 + {offset}], [$1 + {from_offset}], {size}, $2;",
+            self._shared[name] + to, at, self.choose(when, size, 0), *[] if at_all is None else [at_all],
         )  # fmt: skip
 
     def commit(self) -> None:
@@ -198,9 +208,10 @@ class Lanes:
         """A float32 of shared memory."""
         return self._ptx(f"ld.shared.f32 $0, [$1 + {offset}];", self._shared[name] + at, out="f")[0]
 
-    def write_real(self, name: str, at: Int, offset: int, value: ir.Value) -> None:
-        """A float32 to shared memory."""
-        self._ptx(f"st.shared.f32 [$0 + {offset}], $1;", self._shared[name] + at, value)
+    def write_real(self, name: str, at: Int, offset: int, value: ir.Value, when: Int | None = None) -> None:
+        """A float32 to shared memory, where `when`."""
+        store, at = f"st.shared.f32 [$0 + {offset}], $1;", self._shared[name] + at
+        self._ptx(store, at, value) if when is None else self._ptx(f"@$2 {store}", at, value, when)
 
     def warp_barrier(self) -> None:
         """Until what this warp's lanes have written or awaited is to be seen by all of them."""

@@ -97,13 +97,16 @@ class NumpyLanes:
         return self.program[..., None], at[..., None] // 4 + np.arange(count)
 
     def copy(
-        self, name: str, to: np.ndarray, offset: int, at: Pointer, from_offset: int, size: int, when: np.ndarray
-    ) -> None:
+        self, name: str, to: np.ndarray, offset: int, at: Pointer, from_offset: int, size: int, when: np.ndarray,
+        at_all: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         """Poisons the place until it is awaited."""
-        where = self._words(name, to + offset, size // 4)
+        taken = np.broadcast_to(True if at_all is None else at_all, self.lane.shape)
+        programs, words = self._words(name, np.where(taken, to + offset, 0), size // 4)
+        where = np.broadcast_to(programs, words.shape)[taken], words[taken]
         self._shared[name][where] = _UNWRITTEN
-        words = at.bytes(from_offset, size, when).astype(np.uint8).reshape(*self.lane.shape, size).view(np.uint32)
-        self._group.append((name, where, words))
+        found = at.bytes(from_offset, size, when).astype(np.uint8).reshape(*self.lane.shape, size).view(np.uint32)
+        self._group.append((name, where, found[taken]))
 
     def commit(self) -> None:
         """Closes the group."""
@@ -134,10 +137,13 @@ class NumpyLanes:
         """A float32 of shared memory."""
         return self._shared[name][self._words(name, at + offset, 1)][..., 0].view(np.float32)
 
-    def write_real(self, name: str, at: np.ndarray, offset: int, value: np.ndarray) -> None:
+    def write_real(
+        self, name: str, at: np.ndarray, offset: int, value: np.ndarray, when: np.ndarray | None = None
+    ) -> None:
         """A float32 to shared memory."""
-        which, word = self._words(name, at + offset, 1)
-        self._shared[name][which[..., 0], word[..., 0]] = value.view(np.uint32)
+        taken = np.broadcast_to(True if when is None else when, self.lane.shape)
+        which, word = (a[..., 0][taken] for a in self._words(name, at + offset, 1))
+        self._shared[name][which, word] = value.view(np.uint32)[taken]
 
     def warp_barrier(self) -> None:
         """Nothing: all lanes are in step."""

@@ -40,7 +40,7 @@ class NormalizedProgram(Program):
             _, features, epsilon = plan.mean
             for row, squares in zip(self._rows_of_x(), self.squares, strict=True):
                 mean = o.fma(o.sum_of_lanes(functools.reduce(o.add, squares)), o.real(1 / features), o.real(epsilon))
-                o.write_real("inverse", o.minimum(row, 15) * 4, 0, o.inverse_root(mean))
+                o.write_real("inverse", o.minimum(row, 15) * 4, 0, o.inverse_root(mean), (row < plan.m) & (o.lane < 1))
         super().end()
 
     def scaled(self, y: Any, n: Any, inside: Any, row: Any) -> Any:

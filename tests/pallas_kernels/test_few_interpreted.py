@@ -66,7 +66,9 @@ def test_it_is_as_close_to_float64_as_rounding_once(
 )
 def test_any_shape(m: int, k: int, n: int, scheme: str, dtype: str) -> None:
     y, exact = _product(scheme, m, k, n, dtype)
-    assert np.linalg.norm(y - exact) <= 2.5 * _rounding(exact, dtype) + 1e-4 * np.linalg.norm(exact)
+    # Of few elements the rounding may be nothing at all; a table's values are rounded, too, each by up to half an ulp.
+    values = float(jnp.finfo(dtype).eps) / 2 if scheme == "nf4" else 0.0
+    assert np.linalg.norm(y - exact) <= 2.5 * _rounding(exact, dtype) + (1e-4 + values) * np.linalg.norm(exact)
 
 
 def test_what_follows_the_product_is_done_in_float32() -> None:
