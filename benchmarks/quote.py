@@ -104,7 +104,24 @@ def decode(records: Records) -> str:
     return table(["model", "scheme", *(f"batch {batch}" for batch in batches)], rows)
 
 
+def eight_bit(records: Records) -> str:
+    """Weights and x of 8 bits: the library's products and what dispatch takes, at many and at few rows of x."""
+    shapes = parse_shapes(MAIN_SHAPES)
+    (n, k), schemes = shapes[0], dict.fromkeys(r["scheme"] for r in records)
+    lines = [
+        [
+            f"`{scheme}`",
+            *(cell(records, scheme=scheme, backend="cublaslt", m=2048, n=n, k=k) for n, k in shapes),
+            *(cell(records, scheme=scheme, backend=backend, m=64, n=n, k=k) for backend in ("cublaslt", "auto")),
+        ]
+        for scheme in schemes
+    ]
+    heads = [*(f"M = 2048, {n}x{k}" for n, k in shapes), "M = 64, first of these", "the same, `auto`"]
+    return table(["scheme", *heads], lines)
+
+
 TABLES: dict[str, Callable[[Records], str]] = {
+    "eight-bit": eight_bit,
     "by-shape": by_shape,
     "by-scheme": by_scheme,
     "by-rows": by_rows,
