@@ -152,13 +152,21 @@ def _auto(call: _Call, group: int, cache: tuple[int, ...], arrays: int) -> Any:
         return mesh, off_mesh(functools.partial(_local, call)), (placed[0], *placed[_CACHE:]), placed
 
     _, kv_heads, _, head_dim = cache
-    queries = ArrayMapping("b", "s", CompoundFactor("j", "g", "d"))
-    token, angle = ArrayMapping("b", "s", CompoundFactor("j", "d")), ArrayMapping("b", "s", "half")
+    sizes = {"j": kv_heads, "g": group, "d": head_dim}
+
+    def joined(*names: str) -> CompoundFactor | str:
+        """Heads and their numbers as one axis: Shardy wants no factor of size 1 among several."""
+        some = [name for name in names if sizes[name] > 1]
+        return CompoundFactor(*some) if len(some) > 1 else some[0]
+
+    queries = ArrayMapping("b", "s", joined("j", "g", "d"))
+    token, angle = ArrayMapping("b", "s", joined("j", "d")), ArrayMapping("b", "s", "half")
     slots = ArrayMapping("b", "j", "t", "d")
     scales = ArrayMapping("b", "j", "t")
     after = (slots, slots, scales, scales)[:arrays]
     operands = (queries, token, token, angle, angle, ArrayMapping("b", "s"), *after)
-    rule = SdyShardingRule(operands, (queries, *after), g=group)
+    only_joined: Any = {"g": group} if group > 1 else {}
+    rule = SdyShardingRule(operands, (queries, *after), **only_joined)
     partitioned = custom_partitioning(whole)
     partitioned.def_partition(partition, sharding_rule=rule)
     return partitioned

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qjax
 from pallas_kernels.triton import decode_attention as kernel
@@ -118,6 +118,18 @@ def test_on_a_mesh_each_device_attends_with_its_own_heads(pylm_folder, kind, int
         assert {call["shape"][1] for call in interpreted} == {whole, whole // 2}, "traced whole, then as it is cut"
     with qjax.use(device="cpu"):
         assert generate(alone, PROMPTS, max_new_tokens=4) == found
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1)], ids=["of their own", "one for all"])
+def test_heads_that_share_none_or_one_attend_on_a_mesh(heads, kv_heads, interpreted):
+    model = made(num_attention_heads=heads, num_key_value_heads=kv_heads)
+    with qjax.use(device="cpu"):
+        expected, _ = step(model, IDS, filled(model))
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    nnx.update(model, jax.device_put(nnx.state(model), NamedSharding(mesh, PartitionSpec())))
+    found, _ = step(model, IDS, filled(model))
+    assert interpreted
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_rows_batched_by_vmap_attend_on_their_own(interpreted):
