@@ -56,8 +56,23 @@ class MergedLinear(nnx.Module):
         return tuple(part.reshape(*y.shape[:-1], -1) for part in jnp.split(ranges, ends[:-1], axis=-1))
 
 
+class CutEmbed(nnx.Embed):
+    """An embedding whose vocabulary is cut over devices.
+
+    A look-up of one token is a slice to XLA, for which it gathers the whole table on each device at every step. One of
+    two tokens it leaves: each device looks at its own rows, and what they find is summed.
+    """
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """As Flax's."""
+        if inputs.size != 1:
+            return super().__call__(inputs, out_sharding)
+        twice = jax.lax.optimization_barrier(jnp.concatenate([inputs, inputs]))
+        return super().__call__(twice, out_sharding)[:1]
+
+
 def merge(model: "Llama") -> "Llama":
-    """Merges the projections of every layer, in place, one layer's weights at a time.
+    """Merges the projections of every layer, in place, one layer's weights at a time; prepares a table that is cut.
 
     Codes, scales and sums are the same ones. Projections that cannot share a tensor (other schemes, another order of
     inputs, scales that are quantized themselves) stay apart, which is logged. `qjax.save` takes unmerged models only.
@@ -82,6 +97,9 @@ def merge(model: "Llama") -> "Llama":
             setattr(module, name, nnx.data(merged))
             for part in names:
                 delattr(module, part)
+    table = model.embed_tokens
+    if type(table) is nnx.Embed and _shares(table.embedding.get_value().T) > 1:
+        table.__class__ = CutEmbed  # the same attributes, hence the same paths
     for why, where in apart.items():
         logging.info("%s: projections stay apart: %s", ", ".join(where), why)
     return model

@@ -1,5 +1,6 @@
 """A block of decode steps as XLA compiles it for a GPU that is not there: graphs, and nothing that moves weights."""
 
+import math
 import re
 from typing import Any
 
@@ -13,8 +14,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def program() -> dict[str, Any]:
+def programs() -> dict[str, Any]:
     return answer_of("decode_program.py")
+
+
+@pytest.fixture(scope="module")
+def program(programs: dict[str, Any]) -> dict[str, Any]:
+    return programs["one"]
 
 
 def test_a_step_has_no_launch_outside_of_the_graph(program):
@@ -45,3 +51,13 @@ def test_a_layer_of_one_row_is_five_kernels(program):
     assert sum(step["kind"] == "kCustomCall" for step in layer) == 4
     # XLA puts what belongs to the head between layers at times.
     assert len([step for step in layer if step["name"] != "loop_maximum_fusion"]) <= 5, layer
+
+
+def test_on_two_gpus_a_layer_sums_twice_and_no_weight_moves(programs):
+    """Of one row: what o and down leave, in each of two layers; the token's row; the likeliest of each half."""
+    found = programs["two"]["collectives"]
+    assert sum(kind == "all-reduce" for _, kind in found) == 5, found
+    numbers = [
+        math.prod(map(int, dims.split(","))) for shape, _ in found for dims in re.findall(r"\[([\d,]+)\]", shape)
+    ]
+    assert max(numbers) <= 2 * 4096, found

@@ -13,8 +13,8 @@ from small_llama import small_llama
 import qjax
 import qjax.nnx
 from qjax.errors import CheckpointError
-from qjax.models import Llama, merge
-from qjax.models.merge import MergedLinear
+from qjax.models import Llama, generate, merge
+from qjax.models.merge import CutEmbed, MergedLinear
 from qjax.qtensor import concat_rows
 
 forward = nnx.jit(lambda model, ids: model(ids))
@@ -96,3 +96,12 @@ def test_shares_interleave_the_rows_of_every_part():
     np.testing.assert_array_equal(whole, expected)
     with pytest.raises(ValueError, match=r"N=\[64, 64\] have no 3 equal shares"):
         concat_rows(parts, shares=3)
+
+
+def test_one_token_is_looked_up_where_its_row_lies(pylm_folder):
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    alone, cut = (merge(qjax.load(pylm_folder, mesh=m)) for m in (None, mesh))
+    assert type(alone.embed_tokens) is nnx.Embed and type(cut.embed_tokens) is CutEmbed
+    one = jnp.array([[7]])
+    np.testing.assert_array_equal(cut.embed_tokens(one), alone.embed_tokens(one))
+    assert generate(cut, [[7]], max_new_tokens=6) == generate(alone, [[7]], max_new_tokens=6)
