@@ -13,6 +13,10 @@ bin = $(VENV)/bin
 installed = $(VENV)/.installed
 compiler = $(VENV)/cuda-compiler/.installed
 
+# Programs that XLA compiled for tests, three quarters of their time: processes and later runs find them here.
+compiled = JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/compiled \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+
 .PHONY: help setup cuda-compiler try-cuda-compiler demo test test-newest test-aot test-gpu lint format notebooks clean
 
 help:
@@ -44,7 +48,7 @@ demo: setup
 	$(bin)/python examples/demo.py
 
 test: setup $(if $(AOT),try-cuda-compiler)
-	$(bin)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(compiled) $(bin)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-newest:
 	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=requirements/jax-newest.txt AOT= \

@@ -16,6 +16,7 @@ from products import Product
 
 PACKAGES = Path(sys.prefix) / "cuda-compiler"  # `make cuda-compiler`: the plugin apart, so that JAX here stays a CPU's
 _PLUGIN = "jax_cuda13_plugin"
+_COMPILE = {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}  # what is found compiled leaves no dump to read
 
 
 def missing() -> str | None:
@@ -29,7 +30,7 @@ def answer_of(script: str) -> Any:
     """What a script of this folder prints, parsed (`whole_program.answer`)."""
     tests = Path(__file__).parents[1]
     path = os.pathsep.join(map(str, [PACKAGES, tests.parent, tests]))
-    env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    env = os.environ | _COMPILE | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     command = [sys.executable, str(Path(__file__).with_name(script))]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -70,7 +71,7 @@ class Compiler:
         path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH", "")]))
         command = [sys.executable, str(Path(__file__).with_name("compile.py")), "--serve"]
         pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
-        return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""}, text=True, **pipes)
+        return subprocess.Popen(command, env=os.environ | _COMPILE | {"PYTHONPATH": path}, text=True, **pipes)
 
     def _stop(self) -> int:
         child, self._child = self._child, None

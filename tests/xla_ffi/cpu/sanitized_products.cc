@@ -100,6 +100,27 @@ bool Agrees(const Case& c, ffi::ThreadPool& pool) {
   return agree;
 }
 
+// Whether all sets of instructions repack nibbles alike.
+bool PacksAlike(int64_t columns, int64_t of_a_column, bool turned) {
+  std::mt19937 random(1);
+  const int64_t rows = 37, blocks = 2;
+  Owned words(ffi::U32, 4, {rows, columns}), nibbles(ffi::S32, 4, {of_a_column, blocks * kBlock});
+  words.FillWithBytes(random);
+  for (size_t i = 0; i < nibbles.size / 4; ++i) static_cast<int32_t*>(nibbles.data)[i] = random() % (8 * rows);
+  std::vector<uint32_t> first;
+  for (const Instructions& set : kForFloats) {
+    if (!set.available()) continue;
+    Owned out(ffi::U32, 4, {columns * of_a_column, blocks, 16});
+    auto* packed = static_cast<uint32_t*>(out.data);
+    set.pack_nibbles({static_cast<uint32_t*>(words.data), rows, columns, turned ? 1 : columns, turned ? rows : 1,
+                      static_cast<int32_t*>(nibbles.data), of_a_column, blocks, packed, blocks * 16});
+    const std::vector<uint32_t> got(packed, packed + out.size / 4);
+    if (first.empty()) first = got;
+    if (got != first) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int Main() {
@@ -131,6 +152,13 @@ int Main() {
             return 1;
           }
           ++done;
+        }
+  for (int64_t columns : {1, 32, 71})
+    for (int64_t of_a_column : {1, 8})
+      for (bool turned : {false, true})
+        if (!PacksAlike(columns, of_a_column, turned)) {
+          std::printf("nibbles of %d columns, %d rows each, turned %d\n", int(columns), int(of_a_column), turned);
+          return 1;
         }
   std::printf("%d products\n", done);
   return 0;
