@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from qjax.calibration.act_scale import ActScale, as_act_scale, static_scale
 from qjax.calibration.fold import Norms
-from qjax.calibration.journal import Done, Journal, journal_at, task_of
+from qjax.calibration.journal import Done, Journal, task_of
 from qjax.calibration.layer import Layer, factors_of, layer_of, quantize_layer
 from qjax.calibration.model import check_batches, subject_of
 from qjax.calibration.moments import Statistics
@@ -90,8 +91,10 @@ def calibrate(
     if not given and (recipe.needs_data or static is not None):
         what = f"recipe {recipe}" if static is None else f"scheme {static}"
         raise CalibrationError(f"{what} looks at what enters layers: give at least one batch, got none")
-    options = dict(recipe=recipe, act_scale=how, partial_groups=partial_groups, options=sorted(apply_options.items()))
-    journal = journal_at(resume, lambda: task_of(subject, given, **options))
+    journal = None
+    if resume is not None:
+        options = dict(recipe=recipe, act_scale=how, partial_groups=partial_groups, options=sorted(apply_options))
+        journal = Journal(Path(resume), task_of(subject, given, **options))
     run = _Calibration(subject, recipe, partial_groups, how, journal)
     if given and (recipe.needs_data or static is not None):
         run.with_data(given, device_bytes, progress)

@@ -5,7 +5,6 @@ belongs to one task: recipe, rules, params and batches; those are told by a sum 
 """
 
 import dataclasses
-import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,11 +125,6 @@ class Journal:
 
     def _place(self, number: int) -> Path:
         return self.folder / f"{number:05d}"
-
-
-def journal_at(folder: str | os.PathLike[str] | None, task: Any) -> Journal | None:
-    """The journal in a folder, which need not exist; None for None. `task` makes its task, if there is one."""
-    return None if folder is None else Journal(Path(folder), task())
 
 
 def _name(unit: Unit) -> str:

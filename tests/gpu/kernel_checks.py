@@ -42,9 +42,9 @@ from qjax.quantize_call import quantized
 FUSED = 1.25  # times the error of rounding the exact result to its type
 ROUNDED = 2.5  # where something else is rounded to that type too, as the kernel's docstring says
 ROUNDS = {
-    "mosaic.matmul_few": ("nf4", "fp4"),  # values of the table
-    "mosaic.matmul_packed": ("nf4", "fp4"),  # values of the table
-    "triton.matmul_packed": ("nf4", "fp4"),  # values of the table
+    "mosaic.matmul_few": ("nf4", "fp4", "higgs4"),  # values of the table
+    "mosaic.matmul_packed": ("nf4", "fp4", "higgs4"),  # values of the table
+    "triton.matmul_packed": ("nf4", "fp4", "higgs4"),  # values of the table
     "triton.matmul_tall": None,  # the weight
     "triton.transposed": None,  # the weight
     "triton.transposed_8bit": None,  # x times scale

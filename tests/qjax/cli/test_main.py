@@ -112,6 +112,10 @@ ERRORS: list[tuple[list[str], str]] = [
     ),
     ([*"quantize {pylm} {tmp}/out --scheme w8a8_int8:mode=static".split()], "give --calibrate FILE"),
     (
+        [*"quantize {pylm} {tmp}/out --scheme w4a16 --resume {tmp}/state".split()],
+        "rounding to nearest has nothing to resume",
+    ),
+    (
         [*"quantize {pylm} {tmp}/out --scheme w4a16 --act-scale most".split()],
         "--act-scale most: neither max, mse nor a percentile",
     ),
