@@ -13,7 +13,7 @@ bin = $(VENV)/bin
 installed = $(VENV)/.installed
 compiler = $(VENV)/cuda-compiler/.installed
 
-# Programs that XLA compiled for tests, three quarters of their time: processes and later runs find them here.
+# Where XLA's programs for tests are kept: processes and later runs find them there.
 compiled = JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/compiled \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
