@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,8 +24,9 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu" if "--rehearse" in sys.argv else os.environ.get("JAX_PLATFORMS", "")
 
 import jax
+from gpu import layer_checks
 from gpu.attention_checks import CASES as ATTENTIONS
-from gpu.attention_checks import AttentionCase, check_attention, claimed
+from gpu.attention_checks import check_attention, claimed
 from gpu.kernel_checks import Case, check, compile_case
 from gpu.kernel_selection import rehearsed, selected, with_graph
 from gpu.results import Results
@@ -58,10 +60,12 @@ def run_cases(cases: list[Case], graphs: set[Case], deadline: float, results: Re
                 print(f"{done + 1} of {len(cases)}, {len(results.failures)} failed", flush=True)
 
 
-def run_attentions(cases: list[AttentionCase], deadline: float, results: Results) -> None:
-    """The same for the kernel of decode's attention."""
+def run_checks[C](
+    cases: list[C], wrong_with: Callable[[C], list[str]], name: str, deadline: float, results: Results
+) -> None:
+    """The same for kernels that are no products of dispatch, each with a check of its own."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        checked = {case: pool.submit(check_attention, case) for case in cases}
+        checked = {case: pool.submit(wrong_with, case) for case in cases}
         for case, future in checked.items():
             if time.monotonic() > deadline:
                 future.cancel()
@@ -71,7 +75,7 @@ def run_attentions(cases: list[AttentionCase], deadline: float, results: Results
                 wrong = future.result()
             except Exception as error:  # as above
                 wrong = [f"{type(error).__name__}: {error}"]
-            results.add(str(case), wrong, ["attention"])
+            results.add(str(case), wrong, [name])
 
 
 def report(tool: Sanitizer, results: Results) -> None:
@@ -105,7 +109,10 @@ def main() -> int:
     print(f"{len(cases)} cases on {device}, seed {given.seed}", flush=True)
     whole = not (given.rehearse or given.only)
     tools = [Sanitizer(tool, given.seed) for tool in ("memcheck", "racecheck")] if whole else []
-    run_attentions([case for case in ATTENTIONS if given.only in str(case) and claimed(case)], deadline, results)
+    attentions = [case for case in ATTENTIONS if given.only in str(case) and claimed(case)]
+    layers = [case for case in layer_checks.CASES if given.only in str(case) and layer_checks.claimed()]
+    run_checks(attentions, check_attention, "attention", deadline, results)
+    run_checks(layers, layer_checks.check_layer, "layer", deadline, results)
     run_cases(cases, set() if given.rehearse else with_graph(cases), deadline, results)
     for tool in tools:
         report(tool, results)

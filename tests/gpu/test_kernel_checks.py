@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu import attention_checks, hammer
+from decoder_layer import Layer
+from gpu import attention_checks, hammer, layer_checks
 from gpu.kernel_checks import Case, check, compile_case, quantization
 from gpu.kernel_selection import rehearsed
 from gpu.sanitizer import Sanitizer
@@ -132,3 +133,10 @@ def test_attention_that_is_right_passes_and_another_window_is_found(kind: str | 
     assert not attention_checks.check_attention(case, interpret=True)
     (said,) = attention_checks.check_attention(case, interpret=True, window=8)
     assert "a result is" in said
+
+
+def test_a_layer_that_is_right_passes_and_another_epsilon_is_found() -> None:
+    layer = Layer("w4a16", 2, 128, 128, 128, 64)
+    assert not layer_checks.check_layer(layer, interpret=True, sms=2)
+    said = layer_checks.check_layer(layer, interpret=True, sms=2, epsilon=0.1)
+    assert any("half ulps off" in text for text in said)

@@ -7,7 +7,8 @@ import pytest
 if os.environ.get("QJAX_TEST_GPU") != "1":
     pytest.skip("needs a GPU: set QJAX_TEST_GPU=1", allow_module_level=True)
 
-from gpu import attention_checks
+from decoder_layer import Layer
+from gpu import attention_checks, layer_checks
 from gpu.kernel_checks import Case, check, compile_case
 from gpu.kernel_selection import selected, with_graph
 from gpu.sanitizer import Sanitizer
@@ -29,6 +30,11 @@ def test_a_kernel_is_right(case: Case) -> None:
 @pytest.mark.parametrize("case", [case for case in attention_checks.CASES if attention_checks.claimed(case)], ids=str)
 def test_attention_of_one_token_is_right(case: attention_checks.AttentionCase) -> None:
     assert not attention_checks.check_attention(case)
+
+
+@pytest.mark.parametrize("layer", layer_checks.CASES if layer_checks.claimed() else (), ids=str)
+def test_a_layers_products_are_right(layer: Layer) -> None:
+    assert not layer_checks.check_layer(layer)
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
