@@ -1,6 +1,7 @@
 """Element formats against independent statements of them: other libraries' types, files and formulas."""
 
 import hashlib
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,12 @@ def table(name: str) -> np.ndarray:
 
 
 def nearest(name: str, values: np.ndarray) -> np.ndarray:
-    """Codes by brute force: distances in float64 (exact: neighbours and values are within 29 binades), then ties."""
-    row, entries = FORMATS[name], table(name).astype(np.float64)
+    """Codes by brute force: exact distances, then ties; what is smaller than a normal float32 is 0, as XLA has it."""
+    row, entries = FORMATS[name], [Fraction(float(v)) for v in table(name)]
     codes = []
-    for v in values.astype(np.float64):
-        distance = np.abs(entries - v)
-        best = [int(c) for c in np.flatnonzero(distance == distance.min())]
+    for v in np.where(np.abs(values) < np.finfo(np.float32).tiny, 0, values):
+        distance = [abs(entry - Fraction(float(v))) for entry in entries]
+        best = [c for c, d in enumerate(distance) if d == min(distance)]
         prefer = {
             "lower": lambda c: entries[c],
             "away": lambda c: -abs(entries[c]),
