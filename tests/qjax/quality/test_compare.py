@@ -74,9 +74,7 @@ def test_every_figure_is_what_its_definition_says(ids, batch_size):
     assert [found.base_perplexity, found.perplexity] == pytest.approx([np.exp(-p.mean()) for p in likelihood], rel=1e-5)
     assert [found.mean_kl, found.kl.max()] == pytest.approx([kl.mean(), kl.max()], rel=1e-3)
     assert found.top1 == (theirs.argmax(-1) == ours.argmax(-1)).mean()
-    window, position, worst_kl = found.worst_tokens(1)[
-        0
-    ]  # the same token elsewhere differs by rounding
+    window, position, worst_kl = found.worst_tokens(1)[0]  # the same token elsewhere differs by rounding
     assert worst_kl == found.kl.max() == found.kl[window, position - 1]
     assert kl[window, position - 1] == pytest.approx(kl.max(), rel=1e-3)
 
