@@ -56,6 +56,7 @@ def test_it_is_as_close_to_float64_as_rounding_once(
     assert np.linalg.norm(y - exact) <= allowed * _rounding(exact)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     m=st.integers(1, 16),

@@ -5,6 +5,8 @@ from decoder_layer import ALLOWED, EPSILON, Layer, exact, off, operands
 
 from pallas_kernels.mosaic.layer_steps import rest_of_layer
 
+pytestmark = pytest.mark.slow
+
 LAYERS = (
     Layer("w4a16", 1, 512, 1024, 256, 768),
     Layer("w4a16:group_size=32,symmetric=false", 3, 200, 328, 136, 96),

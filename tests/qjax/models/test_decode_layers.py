@@ -15,6 +15,8 @@ from pallas_kernels.mosaic import layer_steps
 from qjax.models import Llama, decode_layers, generate, merge
 from qjax.models.decode_layers import MOST_ROWS, plain_because
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[1, 2, 3], [4]]
 
 
