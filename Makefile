@@ -50,9 +50,12 @@ demo: setup
 test: setup $(if $(AOT),try-cuda-compiler)
 	$(compiled) $(bin)/python -m pytest -n $(WORKERS) $(ARGS)
 
+# Readers of files, and what is built on products alone, run on the pinned JAX only: they take long.
+elsewhere = $(addprefix --ignore=tests/,benchmarks qjax/budget qjax/calibration qjax/checkpoints qjax/quality)
+
 test-newest:
 	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=requirements/jax-newest.txt AOT= \
-	  ARGS='-m "not slow" $(ARGS)'
+	  ARGS='-m "not slow" $(elsewhere) $(ARGS)'
 
 test-aot: cuda-compiler
 	QJAX_AOT=all $(bin)/python -m pytest -n $(WORKERS) tests/aot $(ARGS)
