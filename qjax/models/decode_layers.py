@@ -50,7 +50,7 @@ def plain_because(model: "Llama", shape: tuple[int, ...], cached: bool) -> str |
         return "its layers have other norms or another gate than Llama's"
     for index, layer in enumerate(model.layers):
         for name, linear in _linears(layer):
-            why = _unfit(linear, rows, model.dtype, device)
+            why = _unfit(linear, rows, model.dtype, device, biased=linear is layer.self_attn.qkv_proj)
             if why is not None:
                 return f"layers.{index}.{name}: {why}"
     return None
@@ -65,9 +65,8 @@ def _linears(layer: "DecoderLayer") -> Iterator[tuple[str, Any]]:
     yield "self_attn.qkv_proj", attention.qkv_proj
 
 
-def _unfit(linear: Any, rows: int, dtype: Any, device: Device) -> str | None:
-    """Why a product cannot be one of the kernels'."""
-    biased = isinstance(linear, MergedLinear) and len(linear.sizes) == 3
+def _unfit(linear: Any, rows: int, dtype: Any, device: Device, *, biased: bool) -> str | None:
+    """Why a product cannot be one of the kernels'; `biased` where they know a bias."""
     if isinstance(linear, MergedLinear):
         if linear.on_mesh:
             return "it is cut over devices"
