@@ -115,8 +115,7 @@ def matmul(
     )
     if activation is None:
         return product(x, packed, scale, out=out_dtype.name, **given, **facts)[0]
-    scale, one = _per_row(scale, packed.shape[0])
-    given["global_scale"] = one if global_scale is None else global_scale if one is None else one * global_scale
+    scale, given["global_scale"] = _per_row(scale, global_scale, packed.shape[0])
     y = product(x, packed, scale, out="float32", **facts)[0]
     return finish(y, out_dtype, activation=activation, **given)
 
@@ -143,9 +142,7 @@ def product(
 ) -> list[jax.Array]:
     """The arrays of `Plan.results`, of a product that `ends` so; operands as in `matmul` and `layer_steps`."""
     (m, k), (n, blocks) = x.shape, packed.shape[:2]
-    scale, one = _per_row(scale, n)
-    if one is not None:
-        global_scale = one if global_scale is None else one * global_scale
+    scale, global_scale = _per_row(scale, global_scale, n)
     of_rows = scale.shape[1] == 1
     given = dict(global_scale=global_scale, bias=bias, residual=residual, norm=norm, squares_of_x=squares_of_x)
     inside = {name: a for name, a in given.items() if a is not None}
@@ -175,11 +172,12 @@ def product(
     return _call(plan, arrays + [a for a in (zero_point, *inside.values()) if a is not None], interpret)
 
 
-def _per_row(scale: jax.Array, n: int) -> tuple[jax.Array, jax.Array | None]:
-    """A scale of the whole weight as one of rows and a global one."""
-    if scale.size == 1 < n:
-        return jnp.ones((n, 1), jnp.float32), scale.reshape(()).astype(jnp.float32)
-    return scale, None
+def _per_row(scale: jax.Array, global_scale: jax.Array | None, n: int) -> tuple[jax.Array, jax.Array | None]:
+    """Scales of rows, and a global one into which a scale of the whole weight goes."""
+    if scale.size != 1 or n == 1:
+        return scale, global_scale
+    one = scale.reshape(()).astype(jnp.float32)
+    return jnp.ones((n, 1), jnp.float32), one if global_scale is None else one * global_scale
 
 
 def _call(plan: Plan, arrays: list[jax.Array], interpret: bool) -> list[jax.Array]:
