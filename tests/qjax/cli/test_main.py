@@ -6,57 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import PYLM, fail, run
 
 from qjax import devices
 from qjax.checkpoints.load import load
 from qjax.cli import tables
-from qjax.cli.generate import TextStream
 from qjax.cli.main import COMMANDS, main
 from qjax.dispatch.backends import BACKENDS
 from qjax.errors import QJaxError
 from qjax.explain import layers
-from qjax.models import Tokenizer, load_tokenizer
+from qjax.models import load_tokenizer
 from qjax.models.perplexity import perplexity
 from qjax.qtensor import is_qtensor
 
-PYLM = Path(__file__).parents[3] / "examples" / "pylm-4m"
 INT4_BYTES = 1_622_016  # 3,145,728 codes of half a byte, 24,576 float16 scales
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two windows and a bit."""
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text((PYLM / "eval.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
-def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("int4") / "model"
-    assert main(["quantize", str(PYLM), str(folder), "--scheme", "w4a16"]) == 0
-    return folder
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
-    """What a command prints; it must succeed and keep stderr empty."""
-    assert main([str(arg) for arg in argv]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    return out
-
-
-def fail(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
-    """The one line on stderr of a command that must fail."""
-    try:
-        status = main([str(arg) for arg in argv])
-    except SystemExit as stop:
-        status = stop.code
-    out, err = capsys.readouterr()
-    assert status not in (0, None)
-    assert err.count("\n") == 1 and err.startswith("qjax") and ": error: " in err
-    assert "Traceback" not in err
-    return err
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,61 +290,6 @@ def test_perplexity_prints_a_table_without_json(text: Path, capsys: pytest.Captu
     lines = run(capsys, "perplexity", PYLM, "--text", text, "--windows", 1, "--scheme", "w8a16").splitlines()
     assert lines[0].split() == ["perplexity", "windows", "tokens", "bytes", "scheme", "kl", "top1"]
     assert lines[1].split()[1:5] == ["1", "511", "3,186,688", "w8a16"]
-
-
-def test_generate_streams_what_the_reference_wrote(capsys: pytest.CaptureFixture[str]) -> None:
-    reference = np.load(PYLM / "reference_logits.npz")
-    tokenizer = load_tokenizer(PYLM)
-    prompt = tokenizer.decode(reference["prompt2_ids"].tolist())
-    out = run(capsys, "generate", PYLM, "--prompt", prompt, "--max-new-tokens", 64)
-    assert out == tokenizer.decode(reference["continuation2_ids"].tolist()) + "\n"
-
-
-def test_generate_from_a_quantized_folder_ends_before_a_stop_text(
-    int4: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ("generate", int4, "--prompt", "def f(self):\n    return", "--max-new-tokens", 24)
-    assert run(capsys, *argv, "--cache", "int8", "--prompt-activations", "8bit")
-    whole = run(capsys, *argv).removesuffix("\n")
-    stop = whole[9:14]
-    assert run(capsys, *argv, "--stop", stop, "--stop", "never") == whole[: whole.index(stop)] + "\n"
-
-
-def test_sampling_depends_on_the_seed_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ("generate", PYLM, "--prompt", "import", "--max-new-tokens", 16, "--temperature", 1.0, "--top-k", 50)
-    first = run(capsys, *argv, "--top-p", 0.9, "--seed", 1)
-    assert run(capsys, *argv, "--top-p", 0.9, "--seed", 1) == first
-    assert run(capsys, *argv, "--top-p", 0.9, "--seed", 2) != first
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(PYLM)
-
-
-def test_a_character_of_several_tokens_is_written_once_it_is_whole(
-    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ids = tokenizer.encode("x = '☃'", add_special_tokens=False)
-    assert len(tokenizer.encode("☃", add_special_tokens=False)) > 1
-    stream = TextStream(tokenizer, ids[:1], [])
-    written = []
-    for token in ids[1:]:
-        stream.add(token)
-        written.append(capsys.readouterr().out)
-    assert "".join(written) == " = '☃'" and len(written) > 3
-    assert all("\ufffd" not in piece for piece in written)
-
-
-def test_what_may_become_a_stop_text_is_held_back_and_given_out_at_the_end(
-    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stream = TextStream(tokenizer, [], ["abc###"])
-    for token in tokenizer.encode("1 abc", add_special_tokens=False):
-        stream.add(token)
-    assert capsys.readouterr().out == "1 "
-    stream.finish()
-    assert capsys.readouterr().out == "abc"
 
 
 def test_explain_merges_alike_layers_and_is_for_the_device_that_was_named(
