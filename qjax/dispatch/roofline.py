@@ -110,6 +110,7 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.68, 0.42, 3e-6, _H200 + "57 us (int8) at M=256", m_max=256),
         Efficiency(0.7, 0.6, 5e-6, _H200 + "324 us (int8) at M=2048"),
     ),
+    ("mosaic.matmul_w8a8", "gpu", False): (UNMEASURED,),
     ("triton.dequantize_dot", "gpu", True): (
         Efficiency(0.8, 0.68, 4e-6, _H200 + "114 us (int4 g128) at M=64, 606 at 2048", 2),
     ),

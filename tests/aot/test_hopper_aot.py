@@ -1,4 +1,4 @@
-"""Configurations of the Hopper kernel that it does not pick by itself compile: clusters, shares of K, registers handed
+"""Configurations of Hopper kernels that they do not pick by themselves compile: clusters, shares of K, registers handed
 over. A warpgroup that asks for more registers than were given back waits forever, so their sum is compared too."""
 
 import dataclasses
@@ -8,6 +8,7 @@ import pytest
 from aot.compiler import Compiler, missing
 from products import Product
 
+from pallas_kernels.mosaic import matmul_w8a8, w8a8_plan
 from pallas_kernels.mosaic.tiles import Tile
 
 if reason := missing():
@@ -44,3 +45,25 @@ def test_a_configuration_compiles_with_the_registers_that_it_counts_on(m: int, t
     producer, consumer = tile.handed_over(columns=1)
     if tile.needs > tile.registers:
         assert producer + tile.consumers * consumer <= (tile.consumers + 1) * kernel.registers
+
+
+# rows of x, K, N, the configuration of 8 by 8 bits
+OF_BYTES = [
+    ("w8a8_int8", 2048, 4096, 22016, w8a8_plan.Tile(256, 4, 2)),
+    ("w8a8_int8", 257, 4304, 333, w8a8_plan.Tile(256, 4, 1)),
+    ("w8a8_int8", 100, 4096, 4096, w8a8_plan.Tile(64, 8, 1)),
+    ("w8a8_fp8", 2048, 4096, 22016, w8a8_plan.Tile(192, 4, 2)),
+    ("w8a8_fp8", 2048, 4096, 4096, w8a8_plan.Tile(128, 5, 1)),
+]
+
+
+@pytest.mark.parametrize(("scheme", "m", "k", "n", "tile"), OF_BYTES, ids=str)
+def test_a_configuration_of_8_by_8_bits_compiles_with_the_registers_that_it_counts_on(
+    scheme: str, m: int, k: int, n: int, tile: w8a8_plan.Tile, compiler: Compiler
+) -> None:
+    report = compiler("H200", Product(scheme, m, k, n), "mosaic.matmul_w8a8", dataclasses.asdict(tile))
+    assert not report.error, report.error
+    (kernel,) = (k for k in report.kernels if "hopper" in k.name)
+    assert (kernel.spills, kernel.stack, kernel.serialized) == (0, 0, False)
+    producer, consumer = matmul_w8a8.REGISTERS
+    assert producer + w8a8_plan.CONSUMERS * consumer <= (w8a8_plan.CONSUMERS + 1) * kernel.registers

@@ -1,0 +1,317 @@
+"""y = residual + activation(x @ w + bias) on Hopper where both operands are of eight bits, for many rows of x.
+
+    y[m, n] = sum_k x[m, k] * codes[n, k] * x_scale[m] * scale[n]
+
+Operands
+    x          int8 or float8_e4m3fn [M, K]; x_scale float32 [M, 1]
+    codes      of x's dtype [N, K], natural order, K a multiple of 16
+    scale      float16, bfloat16 or float32 [N, 1] or [1, 1]; bias [N]; residual [M, N]
+
+Work: one program a multiprocessor walks over tiles of 128 rows of x and `tile_n` of the weight, in bands of 16 tiles
+along M, so that those that run together share rows of both operands in the L2. Its warpgroups:
+
+    producer    TMA: x [128, 128], codes [tile_n, 128] ──▶ ring of stages in shared memory, across tiles;
+                its lanes: the tile's scales and bias ──▶ float32 in shared memory
+    2 consumers ──wgmma, both operands from shared memory──▶ sums [64, tile_n] in registers
+                ──scales, bias──▶ y in shared memory, 128 bytes a row ──TMA──▶ y
+
+While consumers finish a tile, the producer fills the ring for the next one. A cluster's programs lie side by side along
+M: each fetches half of the weight's tile for both, which is half of what the L2 has to deliver of it.
+
+N and K may be anything that the copy engine takes: it fills what lies outside with zeros and does not write there. A
+result whose rows are no whole 16 bytes is padded and cut.
+
+Numerics: int8 sums exactly in int32. e4m3 sums `PROMOTED` steps of 128 products in the tensor cores, which keep 14 bits
+there, and those sums in float32. One rounding, of the result.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.finish import finish
+from pallas_kernels.mosaic import columns
+from pallas_kernels.mosaic.operand import OF_ROWS, ROWS, VALUES
+from pallas_kernels.mosaic.w8a8_plan import CONSUMERS, LINE, SLOTS, STEP, TILE_M, Plan, Tile, candidates, tile_for
+
+PROMOTED = 4  # steps of e4m3 whose sum stays in the tensor cores before it joins the total
+MOST_EXACT_K = 2**31 // (128 * 128) - 1  # products of int8 codes whose sum int32 holds
+REGISTERS = (40, 232)  # of a producer's thread and of a consumer's: 168 each is what the kernel starts with
+_OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+def unsupported(
+    m: int, k: int, n: int, *, weight: str, x_format: str | None, group: int, block_n: int, transposed: bool,
+    scale_dtype: str, **_: Any,
+) -> str | None:  # fmt: skip
+    """Why this kernel cannot do a product, or None."""
+    if transposed:
+        return "it multiplies by the weight, not by its transpose"
+    if weight not in ("int8", "e4m3") or x_format != weight:
+        return f"it takes weight and x both in int8 or both in e4m3, not {weight} with {x_format or 'x as it is'}"
+    if group < k or block_n not in (1, n):
+        return f"its scales belong to one row or to all, not to {block_n} rows and {group} columns"
+    if scale_dtype.startswith("float8"):
+        return f"it does not read scales in {scale_dtype}"
+    if k % 16:
+        return f"the copy engine takes rows of whole 16 bytes, not of {k}"
+    if weight == "int8" and k > MOST_EXACT_K:
+        return f"int32 sums of K={k} could overflow; at most {MOST_EXACT_K}"
+    return None
+
+
+def configs(m: int, k: int, n: int, *, weight: str, smem: int, **_: Any) -> list[dict[str, int]]:
+    """Configurations worth measuring."""
+    return [dataclasses.asdict(tile) for tile in candidates(m, weight, smem)]
+
+
+def _views(plan: Plan, ref: Any) -> tuple[Any, Any]:
+    """An array of `_in_lines` as the copy engine sees it and as registers and `wgmma` do."""
+    return (ref, ref) if plan.interpret else ref
+
+
+def _in_lines(plan: Plan, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Rows of 128 bytes in shared memory under two names: rows, swizzled, and tiles of eight of them, which are the
+    same bytes. The copy engine cuts arrays of any size into rows, into tiles only those that are made of them."""
+    swizzle = plgpu.SwizzleTransform(LINE)  # type: ignore[abstract]
+    tiling = plgpu.TilingTransform((8, LINE // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    tiles = plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+    return tiles if plan.interpret else plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), tiles)
+
+
+def _slot(plan: Plan, step: Any) -> jax.Array:
+    return jax.lax.rem(step, jnp.int32(plan.tile.stages))
+
+
+def _produce(plan: Plan, program: jax.Array, of_cluster: Any, refs: dict[str, Any], s: Any) -> None:
+    """Fills stage after stage, tile after tile."""
+    tile = plan.tile
+    (x_lines, _), (w_lines, _) = _views(plan, s["x"]), _views(plan, s["w"])
+    shared = "cluster" if tile.cluster > 1 else None
+    if not plan.interpret:  # which knows neither
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
+
+    def bring(name: str, first: jax.Array, height: int) -> jax.Array:
+        return columns.read(refs[name], first, jnp.int32(0), height, plan.interpret).astype(jnp.float32)
+
+    @pl.loop(0, plan.tiles(program))
+    def one(i: jax.Array) -> None:
+        first_x, first_w = plan.place(program + i * plan.programs, of_cluster)
+
+        @pl.loop(0, plan.steps)
+        def fill(step: jax.Array) -> None:
+            slot = _slot(plan, i * plan.steps + step)
+            plgpu.barrier_wait(s["empty"].at[slot])
+            part = pl.ds(step * STEP, STEP)
+            full = s["full"].at[slot]
+            plgpu.copy_gmem_to_smem(refs["x"].at[pl.ds(first_x, TILE_M), part], x_lines.at[slot], full)
+            plgpu.copy_gmem_to_smem(
+                refs["w"].at[pl.ds(first_w, tile.tile_n), part], w_lines.at[slot], full, collective_axes=shared
+            )
+
+        plgpu.barrier_wait(s["unscaled"])
+        s["x_scale"][...] = bring("x_scale", first_x, TILE_M)
+        for name in ("scale", "bias")[: 1 + plan.bias]:
+            s[name][...] = bring(name, first_w, tile.wide)
+        plgpu.barrier_arrive(s["scaled"])
+
+    @pl.loop(0, tile.stages)  # until all that was filled was read
+    def drain(i: jax.Array) -> None:
+        plgpu.barrier_wait(s["empty"].at[_slot(plan, plan.tiles(program) * plan.steps + i)])
+
+    plgpu.barrier_wait(s["unscaled"])
+
+
+def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, count: Any, s: Any) -> jax.Array:
+    """The products of `count` stages from number `first` on, `[64, tile_n]`, one always on its way."""
+    (_, x_tiles), (_, w_tiles) = _views(plan, s["x"]), _views(plan, s["w"])
+    dtype = jnp.int32 if x_tiles.dtype == jnp.int8 else jnp.float32
+
+    def multiply(acc: Any) -> jax.Array:
+        def start(step: jax.Array) -> None:
+            slot = _slot(plan, step)
+            plgpu.barrier_wait(s["full"].at[slot])
+            plgpu.wgmma(acc, x_tiles.at[slot, pl.ds(warpgroup * ROWS, ROWS)], w_tiles.at[slot].T)
+
+        start(first)
+
+        @pl.loop(first + 1, first + count)
+        def more(step: jax.Array) -> None:
+            start(step)
+            plgpu.wgmma_wait(1)
+            plgpu.barrier_arrive(s["empty"].at[_slot(plan, step - 1)])
+
+        found = plgpu.wgmma_accumulator_load(acc)
+        plgpu.barrier_arrive(s["empty"].at[_slot(plan, first + count - 1)])
+        return found
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, plan.tile.tile_n), dtype))
+
+
+def _total(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Array:
+    """The products of a tile's stages, `[64, tile_n]`."""
+    x_tiles = _views(plan, s["x"])[1]
+    if x_tiles.dtype == jnp.int8:
+        return _sums(plan, warpgroup, first, plan.steps, s)
+
+    def part(i: jax.Array, total: jax.Array) -> jax.Array:
+        count = jnp.minimum(plan.steps - i * PROMOTED, PROMOTED)
+        return total + _sums(plan, warpgroup, first + i * PROMOTED, count, s)
+
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, plan.tile.tile_n), jnp.float32), VALUES)
+    return jax.lax.fori_loop(0, -(-plan.steps // PROMOTED), part, zeros)
+
+
+def _store(plan: Plan, warpgroup: jax.Array, total: jax.Array, at: Any, s: Any) -> None:
+    """Scales a tile's sums, adds the bias and writes them, a piece of 128 bytes a row at a time."""
+    lines, tiles = _views(plan, s["out"])
+    width = tiles.shape[-1]
+    plgpu.barrier_wait(s["scaled"])
+    of_x = plgpu.load(s["x_scale"].at[pl.ds(warpgroup * ROWS, ROWS)], layout=OF_ROWS, optimized=False)
+
+    def of_columns(name: str, first: int) -> jax.Array:
+        entries = plgpu.load(s[name].at[pl.ds(first, width)], layout=_OF_COLUMNS, optimized=False)
+        return jax.lax.broadcast_in_dim(entries, (ROWS, width), (1,))
+
+    for i, first in enumerate(range(0, plan.tile.tile_n, width)):
+        part = total[:, first : first + width].astype(jnp.float32)
+        part = part * (jax.lax.broadcast_in_dim(of_x, part.shape, (0,)) * of_columns("scale", first))
+        if plan.bias:
+            part = part + of_columns("bias", first)
+        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+        tiles[warpgroup, i % SLOTS] = part.astype(tiles.dtype)
+        plgpu.commit_smem()
+        first_x, first_w = at
+        rows = pl.ds(first_x + warpgroup * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(lines.at[warpgroup, i % SLOTS], s["y"].at[rows, pl.ds(first_w + first, width)])
+    plgpu.barrier_arrive(s["unscaled"])
+
+
+def _consume(plan: Plan, program: jax.Array, of_cluster: Any, warpgroup: jax.Array, s: Any) -> None:
+    """A consumer's rows of all tiles of its program."""
+
+    @pl.loop(0, plan.tile.stages)
+    def nothing_to_read_yet(slot: jax.Array) -> None:
+        plgpu.barrier_arrive(s["empty"].at[slot])
+
+    plgpu.barrier_arrive(s["unscaled"])
+
+    @pl.loop(0, plan.tiles(program))
+    def one(i: jax.Array) -> None:
+        total = _total(plan, warpgroup, i * plan.steps, s)
+        _store(plan, warpgroup, total, plan.place(program + i * plan.programs, of_cluster), s)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel(plan: Plan, names: tuple[str, ...], *given: Any, **s: Any) -> None:
+    """One warpgroup of one program: see the module's docstring."""
+    refs = dict(zip(names, given, strict=True))
+    s["y"] = refs["y"]
+    program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
+    of_cluster = jax.lax.axis_index("cluster") if plan.tile.cluster > 1 else 0
+
+    @pl.when(warpgroup == CONSUMERS)
+    def fill() -> None:
+        plgpu.set_max_registers(REGISTERS[0], action="decrease")
+        _produce(plan, program, of_cluster, refs, s)
+
+    @pl.when(warpgroup < CONSUMERS)
+    def multiply() -> None:
+        plgpu.set_max_registers(REGISTERS[1], action="increase")
+        _consume(plan, program, of_cluster, warpgroup, s)
+
+
+def _empty(tile: Tile) -> Any:
+    """Barriers that say that a stage has been read, by all programs of a cluster."""
+    if tile.cluster == 1:
+        return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=tile.stages)
+
+
+def _scratch(plan: Plan, dtype: Any, out_dtype: Any) -> dict[str, Any]:
+    """Shared memory and barriers of a program."""
+    tile = plan.tile
+    found = dict(
+        x=_in_lines(plan, (tile.stages, TILE_M, STEP), dtype),
+        w=_in_lines(plan, (tile.stages, tile.tile_n, STEP), dtype),
+        out=_in_lines(plan, (CONSUMERS, SLOTS, ROWS, LINE // jnp.dtype(out_dtype).itemsize), out_dtype),
+        x_scale=plgpu.SMEM((TILE_M,), jnp.float32),
+        scale=plgpu.SMEM((tile.wide,), jnp.float32),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+        empty=_empty(tile),
+        scaled=plgpu.Barrier(),
+        unscaled=plgpu.Barrier(num_arrivals=CONSUMERS),
+    )
+    if plan.bias:
+        found["bias"] = plgpu.SMEM((tile.wide,), jnp.float32)
+    return found
+
+
+def matmul(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    *,
+    x_scale: jax.Array,
+    weight: str,
+    bias: jax.Array | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: Any = jnp.bfloat16,
+    config: dict[str, int] | None = None,
+    sms: int = 132,
+    smem: int = 227 * 1024,
+    interpret: bool = False,
+    **_: Any,
+) -> jax.Array:
+    """The product of the module's docstring.
+
+    Args:
+      weight: `int8` or `e4m3`.
+      activation: elementwise, on float32.
+      out_dtype: of the result.
+      config: fields of `Tile`; empty takes `tile_for` the shape and the chip: `sms` multiprocessors, `smem` bytes of
+        shared memory that a program may have.
+      interpret: run in JAX's interpreter of such kernels, on any machine; it raises where they race.
+      (others: shapes and dtypes in the module's docstring)
+
+    Returns:
+      `[M, N]` in `out_dtype`.
+    """
+    (m, k), n = x.shape, codes.shape[0]
+    tile = Tile(**config) if config else tile_for(m, n, weight=weight, sms=sms, smem=smem)
+    whole = activation is None and residual is None
+    stored = jnp.dtype(out_dtype if whole else jnp.float32)
+    plan = Plan(m, n, k, whole and bias is not None, tile, sms, interpret)
+    operands = dict(x=x, w=codes, x_scale=x_scale, scale=scale)
+    if plan.bias:
+        assert bias is not None
+        operands["bias"] = bias[:, None]
+    unit = 16 // stored.itemsize  # rows of the copy engine's arrays are whole 16 bytes
+    y = plgpu.kernel(
+        functools.partial(_kernel, plan, (*operands, "y")),
+        out_type=jax.ShapeDtypeStruct((m, -(-n // unit) * unit), stored),
+        grid=(plan.programs,),
+        grid_names=("program",),
+        cluster=(tile.cluster,) if tile.cluster > 1 else (),
+        cluster_names=("cluster",) if tile.cluster > 1 else (),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name=f"qjax_w8a8_{weight}_hopper",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        scratch_types=_scratch(plan, x.dtype, stored),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(*operands.values())[:, :n]
+    if whole:
+        return y
+    return finish(y, out_dtype, global_scale=None, bias=bias, activation=activation, residual=residual)

@@ -1,0 +1,120 @@
+"""Static facts of one product of 8 by 8 bits on Hopper: configurations, a first choice, which program computes what."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic.columns import LANES
+from pallas_kernels.mosaic.operand import ROWS
+
+STEP = 128  # columns of K of a stage: a row of it is what the swizzle is made for
+CONSUMERS = 2
+TILE_M = CONSUMERS * ROWS
+BAND = 16  # tiles along M that neighbours in time lie in
+SLOTS = 2  # pieces of a consumer's result on their way to memory
+LINE = 128  # bytes of a row in shared memory
+_SIZES = (64, 128, 192, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A kernel's configuration.
+
+    Attributes:
+      tile_n: rows of the weight of a tile, a multiple of 64, at most 256; 128 rows of x belong to it.
+      stages: in flight from memory to shared memory.
+      cluster: 1, or 2 programs that share each stage's part of the weight.
+    """
+
+    tile_n: int
+    stages: int
+    cluster: int
+
+    @property
+    def wide(self) -> int:
+        """Rows of the weight for which the producer's 128 lanes bring scales: the tile's, rounded up."""
+        return -(-self.tile_n // LANES) * LANES
+
+    @property
+    def smem(self) -> int:
+        """Shared memory of a program in bytes, with room for barriers."""
+        ring = self.stages * (TILE_M + self.tile_n) * STEP
+        return ring + CONSUMERS * SLOTS * ROWS * LINE + 4 * (TILE_M + 2 * self.wide) + 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static facts of one call."""
+
+    m: int
+    n: int
+    k: int
+    bias: bool
+    tile: Tile
+    sms: int
+    interpret: bool
+
+    @property
+    def steps(self) -> int:
+        """Stages of a tile."""
+        return -(-self.k // STEP)
+
+    @property
+    def along(self) -> tuple[int, int]:
+        """Tiles of a cluster along M and N."""
+        return -(-self.m // (TILE_M * self.tile.cluster)), -(-self.n // self.tile.tile_n)
+
+    @property
+    def programs(self) -> int:
+        """Clusters that run."""
+        along_m, along_n = self.along
+        return min(self.sms // self.tile.cluster, along_m * along_n)
+
+    def tiles(self, program: jax.Array) -> jax.Array:
+        """How many a cluster computes."""
+        along_m, along_n = self.along
+        return jax.lax.div(along_m * along_n - program + self.programs - 1, jnp.int32(self.programs))
+
+    def place(self, number: jax.Array, of_cluster: Any) -> tuple[jax.Array, jax.Array]:
+        """First row of x and of the weight of a cluster's tile by its number."""
+        along_m, along_n = self.along
+        high = BAND // self.tile.cluster
+        band, inside = jax.lax.div(number, high * along_n), jax.lax.rem(number, high * along_n)
+        height = jnp.minimum(along_m - band * high, high)
+        along = band * high + jax.lax.rem(inside, height)
+        return (along * self.tile.cluster + of_cluster) * TILE_M, jax.lax.div(inside, height) * self.tile.tile_n
+
+
+def _most_stages(tile_n: int, cluster: int, smem: int) -> Tile:
+    """The tile with as many stages as there is room for, at most eight."""
+    tiles = [Tile(tile_n, stages, cluster) for stages in range(2, 9)]
+    return max((t for t in tiles if t.smem <= smem), key=lambda t: t.stages)
+
+
+def _widest(weight: str) -> int:
+    """Columns of a tile that a consumer's registers have room for: e4m3 has two sums."""
+    return 256 if weight == "int8" else 192
+
+
+def candidates(m: int, weight: str, smem: int) -> list[Tile]:
+    """Tiles worth measuring."""
+    found: list[Tile] = []
+    for size in (size for size in _SIZES if size <= _widest(weight)):
+        for cluster in (1, 2) if m > TILE_M else (1,):
+            tile = _most_stages(size, cluster, smem)
+            found += dict.fromkeys((tile, dataclasses.replace(tile, stages=max(2, tile.stages - 1))))
+    return found
+
+
+def tile_for(m: int, n: int, *, weight: str, sms: int, smem: int) -> Tile:
+    """A first choice, unmeasured: the width that leaves the fewest columns' worth of time to the busiest program."""
+    cluster = 2 if m > TILE_M else 1
+
+    def busiest(size: int) -> tuple[int, int]:
+        tiles = -(-m // (TILE_M * cluster)) * -(-n // size)
+        return -(-tiles // (sms // cluster)) * (size + 16), -size  # 16: what begins and ends a tile
+
+    sizes = [size for size in _SIZES if size <= _widest(weight)]
+    return _most_stages(min(sizes, key=busiest), cluster, smem)
