@@ -47,10 +47,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.finish import finish
 from pallas_kernels.grouped import why_not
-from pallas_kernels.mosaic import accumulate, columns, operand
-from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, SINGLE, VALUES, WORDS, WORDS_A_BLOCK
+from pallas_kernels.mosaic import accumulate, columns
+from pallas_kernels.mosaic.operand import BLOCK, ROWS, SINGLE, VALUES
+from pallas_kernels.mosaic.pieces import piece_of, whole_tiles
 from pallas_kernels.mosaic.plan import Plan, entries_of
-from pallas_kernels.mosaic.producer import produce
+from pallas_kernels.mosaic.producer import produce, ring
 from pallas_kernels.mosaic.tiles import Tile, candidates, decode_tile
 
 
@@ -68,32 +69,7 @@ def configs(
     return [dataclasses.asdict(tile) for tile in candidates(m, n, k, entries_of(group, not symmetric), sms, smem)]
 
 
-def _piece(
-    plan: Plan, s: Any, slot: jax.Array, row_group: jax.Array, index: int, dtype: str
-) -> tuple[jax.Array, Any, jax.Array | None]:
-    """Of product `index` of a stage: the values `[64, width]`, x `[tile_m, width]`, the scales `[64]` of its sums."""
-    block, piece = divmod(index, plan.pieces)
-    rows = pl.ds(row_group * ROWS, ROWS)
-
-    def entries(name: str, first: int, count: int) -> list[jax.Array]:
-        refs = [s[name].at[slot, i, rows] for i in range(first, first + count)]
-        return [plgpu.load(ref, layout=OF_ROWS, optimized=False) for ref in refs]
-
-    values = operand.values(
-        plgpu.load(s["w"].at[slot, block, rows], layout=WORDS),
-        weight=plan.weight,
-        dtype=dtype,
-        piece=piece,
-        pieces=plan.pieces,
-        zero=entries("zero", index, 1)[0] if plan.zeros else None,
-        factors=entries("scale", block * plan.groups, plan.groups) if plan.scales_values else [],
-        interpret=plan.interpret,
-    )
-    scale = None if plan.scales_values else entries("scale", index, 1)[0]
-    return values, s["x"].at[slot, :, pl.ds(index * plan.width, plan.width)], scale
-
-
-def _consume(plan: Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s: Any) -> jax.Array:
+def _consume(plan: Plan[Tile], row_group: jax.Array, k_group: jax.Array, dtype: str, s: Any) -> jax.Array:
     """A consumer's part: its sums, float32 `[64, tile_m]`. With `ahead` a piece is decoded while the one before
     is multiplied."""
     tile, pieces = plan.tile, plan.tile.blocks * plan.pieces
@@ -102,12 +78,15 @@ def _consume(plan: Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s
         slot = jax.lax.rem(i * tile.k_groups + k_group, jnp.int32(tile.stages))
         plgpu.barrier_wait(s["full"].at[slot])
 
+        def x_of(index: int) -> Any:
+            return s["x"].at[slot, :, pl.ds(index * plan.width, plan.width)]
+
         def multiply(*parts: Any) -> jax.Array:
             whole, scales = total, []
             for index in range(pieces):
-                values, x, scale = _piece(plan, s, slot, row_group, index, dtype)
+                values, scale = piece_of(plan, s, slot, row_group, index, dtype)
                 scales.append(scale)
-                plgpu.wgmma(parts[index], values, x.T)
+                plgpu.wgmma(parts[index], values, x_of(index).T)
                 if index >= tile.ahead:
                     part = plgpu.wgmma_accumulator_load(parts[index - tile.ahead], wait_n=tile.ahead)
                     whole = accumulate.add_scaled(whole, part, scales[index - tile.ahead], plan.interpret)
@@ -116,8 +95,8 @@ def _consume(plan: Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s
         def multiply_plainly() -> jax.Array:
             whole = total
             for index in range(pieces):
-                values, x, scale = _piece(plan, s, slot, row_group, index, dtype)
-                part = values.astype(jnp.float32) @ x[...].astype(jnp.float32).T
+                values, scale = piece_of(plan, s, slot, row_group, index, dtype)
+                part = values.astype(jnp.float32) @ x_of(index)[...].astype(jnp.float32).T
                 whole = accumulate.add_scaled(whole, part, scale, plan.interpret)
             return whole
 
@@ -132,7 +111,7 @@ def _consume(plan: Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s
     return jax.lax.fori_loop(0, plan.rounds // tile.k_groups, step, zeros)
 
 
-def _together(plan: Plan, row_group: jax.Array, k_group: jax.Array, total: jax.Array, s: Any) -> jax.Array:
+def _together(plan: Plan[Tile], row_group: jax.Array, k_group: jax.Array, total: jax.Array, s: Any) -> jax.Array:
     """The sums of warpgroups behind one another, for the first of them."""
 
     @pl.when(k_group > 0)
@@ -160,7 +139,7 @@ def _store(total: jax.Array, smem: Any, out: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(plan: Plan, *refs: Any, **s: Any) -> None:
+def _kernel(plan: Plan[Tile], *refs: Any, **s: Any) -> None:
     """One warpgroup of one program: see the module's docstring."""
     tile = plan.tile
     x_ref, w_ref, scale_ref, *zero_ref, out_ref = refs
@@ -179,7 +158,7 @@ def _kernel(plan: Plan, *refs: Any, **s: Any) -> None:
         if hand_over:
             plgpu.set_max_registers(few, action="decrease")
         named = dict(zip(("scale", "zero"), (scale_ref, *zero_ref), strict=False))
-        produce(plan, (first_x, first_row, share * plan.rounds), x_ref, w_ref, named, s)
+        produce(plan, lambda i: (first_x, first_row, share * plan.rounds + i), plan.rounds, x_ref, w_ref, named, s)
 
     @pl.when(warpgroup < tile.consumers)
     def multiply() -> None:
@@ -198,37 +177,15 @@ def _kernel(plan: Plan, *refs: Any, **s: Any) -> None:
             _store(total, s["out"].at[row_group], at)
 
 
-def _empty(tile: Tile) -> Any:
-    """Barriers that say that a stage has been read, by all programs of a cluster where x comes into all of them."""
-    if tile.cluster == 1:
-        return plgpu.Barrier(num_arrivals=tile.row_groups, num_barriers=tile.stages)
-    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=tile.row_groups, num_barriers=tile.stages)
-
-
-def _scratch(plan: Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
+def _scratch(plan: Plan[Tile], x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
     tile, smem = plan.tile, plgpu.SMEM
-    entries = (tile.stages, tile.blocks * plan.groups, tile.column_rows)
-    found = dict(
-        w=smem((tile.stages, tile.blocks, tile.rows, WORDS_A_BLOCK), jnp.uint32),
-        x=smem((tile.stages, tile.tile_m, tile.blocks * BLOCK), x_dtype, transforms=plan.swizzle),
-        scale=smem(entries, jnp.uint32 if plan.scales_values else jnp.float32),
-        out=smem((tile.row_groups, tile.tile_m, ROWS), out_dtype),
-        full=plgpu.Barrier(num_arrivals=tile.blocks + 2, num_barriers=tile.stages),
-        empty=_empty(tile),
-    )
-    if plan.zeros:
-        found["zero"] = smem(entries, jnp.uint32)
+    found = ring(plan, x_dtype)
+    found["out"] = smem((tile.row_groups, tile.tile_m, ROWS), out_dtype)
     if tile.k_groups > 1:
         found["sums"] = smem((tile.k_groups - 1, tile.row_groups, ROWS, tile.tile_m), jnp.float32)
         found["summed"] = plgpu.Barrier(num_arrivals=tile.k_groups - 1, num_barriers=tile.row_groups)
     return found
-
-
-def _whole_tiles(x: jax.Array) -> jax.Array:
-    """x, padded with zeros where it is not made of tiles of 8 x 64, as which the copy engine brings it."""
-    (m, k), few = x.shape, x.shape[0] <= 8  # one tile may reach beyond
-    return jnp.pad(x, ((0, 0 if few else -m % 8), (0, -k % 64)))
 
 
 def matmul(
@@ -290,7 +247,7 @@ def matmul(
         ),
         scratch_types=_scratch(plan, x.dtype, stored),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(_whole_tiles(x), packed.reshape(n, -1), columns.as_loaded(scale), *[] if zero_point is None else [zero_point])
+    )(whole_tiles(x), packed.reshape(n, -1), columns.as_loaded(scale), *[] if zero_point is None else [zero_point])
     partial = partial[:, :, :n]
     if whole:
         return partial[0]

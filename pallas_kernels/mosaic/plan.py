@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic.many_tiles import ManyTile
 from pallas_kernels.mosaic.operand import BLOCK
 from pallas_kernels.mosaic.tiles import Tile
 
@@ -17,7 +18,7 @@ def entries_of(group: int, zero_point: bool) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan[AnyTile: (Tile, ManyTile)]:
     """Static facts of one call."""
 
     m: int
@@ -27,7 +28,7 @@ class Plan:
     scale: str  # dtype of the scales
     group: int  # elements that share a scale; all of K, rounded up, where a row has one
     zeros: bool
-    tile: Tile
+    tile: AnyTile
     interpret: bool
 
     @property

@@ -4,6 +4,7 @@ Codes and x come by the copy engine; scales and zero points by its lanes, one st
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +17,10 @@ from pallas_kernels.mosaic.operand import BLOCK, WORDS_A_BLOCK
 from pallas_kernels.mosaic.plan import Plan
 from pallas_kernels.pairs import MAGIC
 
+Place = tuple[Any, Any, Any]
 
-def _entry_of(plan: Plan, ref: Any, stage: jax.Array, index: int) -> jax.Array:
+
+def _entry_of(plan: Plan[Any], ref: Any, stage: jax.Array, index: int) -> jax.Array:
     """Which column of scales is number `index` of a stage's."""
     column = (
         stage * (plan.tile.blocks * plan.groups) + index
@@ -28,7 +31,7 @@ def _entry_of(plan: Plan, ref: Any, stage: jax.Array, index: int) -> jax.Array:
 
 
 def _bring_columns(
-    plan: Plan, refs: dict[str, Any], first_row: jax.Array, stage: jax.Array, dtype: str
+    plan: Plan[Any], refs: dict[str, Any], first_row: jax.Array, stage: jax.Array, dtype: str
 ) -> dict[str, list[jax.Array]]:
     """A stage's scales and zero points as they are used, 32 bits each, `[column_rows]` for each group."""
     found: dict[str, list[jax.Array]] = {name: [] for name in refs}
@@ -44,24 +47,51 @@ def _bring_columns(
     return found
 
 
-def produce(plan: Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, refs: dict[str, Any], s: Any) -> None:
-    """Fills the stages of one program.
+def _empty(plan: Plan[Any]) -> Any:
+    """Barriers that say that a stage has been read, by all programs of a cluster where x comes into all of them."""
+    tile = plan.tile
+    if tile.cluster == 1:
+        return plgpu.Barrier(num_arrivals=tile.row_groups, num_barriers=tile.stages)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=tile.row_groups, num_barriers=tile.stages)
+
+
+def ring(plan: Plan[Any], x_dtype: Any) -> dict[str, Any]:
+    """Shared memory and barriers that `produce` fills."""
+    tile, smem = plan.tile, plgpu.SMEM
+    entries = (tile.stages, tile.blocks * plan.groups, tile.column_rows)
+    found = dict(
+        w=smem((tile.stages, tile.blocks, tile.rows, WORDS_A_BLOCK), jnp.uint32),
+        x=smem((tile.stages, tile.tile_m, tile.blocks * BLOCK), x_dtype, transforms=plan.swizzle),
+        scale=smem(entries, jnp.uint32 if plan.scales_values else jnp.float32),
+        full=plgpu.Barrier(num_arrivals=tile.blocks + 2, num_barriers=tile.stages),
+        empty=_empty(plan),
+    )
+    if plan.zeros:
+        found["zero"] = smem(entries, jnp.uint32)
+    return found
+
+
+def produce(plan: Plan[Any], at: Callable[[Any], Place], count: Any, x_ref: Any, w_ref: Any, refs: Any, s: Any) -> None:
+    """Fills the stages of one program, one after the other.
 
     Args:
-      at: its first row of x, of the weight, its first stage.
+      at: of the program's i-th stage the first row of x, of the weight, and which stage of K it is; i = `count` too,
+        which is not filled.
+      count: of stages, `plan.rounds` at least.
       x_ref: `[M, K]`; w_ref: uint32 `[N, 16 B]`; refs: "scale" and, where there are any, "zero", `[N, groups]`.
-      s: shared memory and barriers, of `matmul_packed`.
+      s: shared memory and barriers, of `ring`.
     """
-    tile, (first_x, first_row, first_stage) = plan.tile, at
-    rows, stage = pl.ds(first_row, tile.rows), tile.blocks * BLOCK
+    tile, stage = plan.tile, plan.tile.blocks * BLOCK
     shared = "cluster" if tile.cluster > 1 else None
 
-    def codes_of(i: Any, blocks: int) -> Any:
-        return w_ref.at[rows, pl.ds((first_stage * tile.blocks + i) * WORDS_A_BLOCK, blocks * WORDS_A_BLOCK)]
+    def codes_of(place: Place, block: int, blocks: int) -> Any:
+        _, first_row, of_k = place
+        first = (of_k * tile.blocks + block) * WORDS_A_BLOCK
+        return w_ref.at[pl.ds(first_row, tile.rows), pl.ds(first, blocks * WORDS_A_BLOCK)]
 
     if not plan.interpret:  # which knows neither
         for i in range(min(tile.stages, plan.rounds)):
-            plgpu.async_prefetch(codes_of(tile.blocks * i, tile.blocks))
+            plgpu.async_prefetch(codes_of(at(i), 0, tile.blocks))
         plgpu.griddepcontrol_wait()
         plgpu.griddepcontrol_launch_dependents()
 
@@ -69,14 +99,15 @@ def produce(plan: Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, refs:
         return jax.lax.rem(i, jnp.int32(tile.stages))
 
     def copy(i: jax.Array) -> None:
-        slot = slot_of(i)
+        slot, place = slot_of(i), at(i)
         for block in range(tile.blocks):
-            plgpu.copy_gmem_to_smem(codes_of(tile.blocks * i + block, 1), s["w"].at[slot, block], s["full"].at[slot])
-        x = x_ref.at[pl.ds(first_x, tile.tile_m), pl.ds((first_stage + i) * stage, stage)]
+            plgpu.copy_gmem_to_smem(codes_of(place, block, 1), s["w"].at[slot, block], s["full"].at[slot])
+        x = x_ref.at[pl.ds(place[0], tile.tile_m), pl.ds(place[2] * stage, stage)]
         plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot], collective_axes=shared)
 
     def bring(i: Any) -> dict[str, list[jax.Array]]:
-        return _bring_columns(plan, refs, first_row, first_stage + i, x_ref.dtype.name)
+        _, first_row, of_k = at(i)
+        return _bring_columns(plan, refs, first_row, of_k, x_ref.dtype.name)
 
     def store(i: jax.Array, entries: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
         for name, of_groups in entries.items():
@@ -95,8 +126,8 @@ def produce(plan: Plan, at: tuple[jax.Array, ...], x_ref: Any, w_ref: Any, refs:
     first = min(tile.stages, plan.rounds)
     pl.loop(0, first)(copy)
     entries = jax.lax.fori_loop(0, first, store, bring(0))
-    jax.lax.fori_loop(first, plan.rounds, refill, entries)
+    jax.lax.fori_loop(first, count, refill, entries)
 
-    @pl.loop(max(tile.stages, plan.rounds), plan.rounds + tile.stages)  # until all that was filled was read
+    @pl.loop(jnp.maximum(tile.stages, count), count + tile.stages)  # until all that was filled was read
     def drain(i: jax.Array) -> None:
         plgpu.barrier_wait(s["empty"].at[slot_of(i)])

@@ -32,6 +32,7 @@ class Efficiency:
       dense: bytes of an element of the dense weight that is written first; 0 where codes go straight into the product.
       m_max: the most rows of x that this holds for; None for any number.
       beside: seconds for each element of x and y, before and after the product.
+      weights: the formats that this holds for; empty for any.
     """
 
     bandwidth: float
@@ -41,6 +42,7 @@ class Efficiency:
     dense: int = 0
     m_max: int | None = None
     beside: float = 0.0
+    weights: tuple[str, ...] = ()
 
 
 PEAK = Efficiency(1.0, 1.0, 0.0, "the device's own peaks")
@@ -101,6 +103,11 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.41, 0.6, 1.4e-5, _H200 + "90 us (int4 g128) at M=256", m_max=256),
         Efficiency(0.41, 0.57, 3e-6, _H200 + "641 us (int4 g128) at M=2048"),
     ),
+    ("mosaic.matmul_many", "gpu", True): (
+        Efficiency(0.41, 0.55, 1.8e-5, _H200 + "60 us (int4 g128) at M=128", m_max=128),
+        Efficiency(0.41, 0.6, 1.3e-5, _H200 + "89 us (int4 g128) at M=256", m_max=256),
+        Efficiency(0.41, 0.6, 3e-6, _H200 + "620 us (int4 g128) at M=2048"),
+    ),
     ("triton.matmul_8bit", "gpu", False): (
         Efficiency(0.7, 0.3, 3e-6, _H200 + "28 us (int8) at M=1, 30 at 16", m_max=16),
         Efficiency(0.31, 0.3, 3e-6, _H200 + "64 us (int8) at M=64, 1230 at 2048"),
@@ -110,7 +117,11 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.68, 0.42, 3e-6, _H200 + "57 us (int8) at M=256", m_max=256),
         Efficiency(0.7, 0.6, 5e-6, _H200 + "324 us (int8) at M=2048"),
     ),
-    ("mosaic.matmul_w8a8", "gpu", False): (UNMEASURED,),
+    ("mosaic.matmul_w8a8", "gpu", False): (
+        Efficiency(0.5, 0.5, 1e-5, "placed behind what was measured", m_max=512),
+        Efficiency(0.6, 0.7, 6e-6, _H200 + "274 us (int8) at M=2048", weights=("int8",)),
+        Efficiency(0.6, 0.59, 6e-6, _H200 + "325 us (e4m3) at M=2048"),
+    ),
     ("triton.dequantize_dot", "gpu", True): (
         Efficiency(0.8, 0.68, 4e-6, _H200 + "114 us (int4 g128) at M=64, 606 at 2048", 2),
     ),
@@ -142,7 +153,8 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
     ),
     ("cublaslt.matmul", "gpu", False): (
         Efficiency(0.57, 0.5, 4e-6, _H200 + "37 us (e4m3), 39 us (int8) at M=64", m_max=64),
-        Efficiency(0.62, 0.65, 6e-6, _H200 + "298 us (e4m3), 293 us (int8) at M=2048"),
+        Efficiency(0.62, 0.54, 6e-6, _H200 + "347 to 374 us (int8) at M=2048", weights=("int8",)),
+        Efficiency(0.62, 0.63, 6e-6, _H200 + "305 us (e4m3) at M=2048"),
     ),
     ("cublaslt.dense", "gpu", False): (
         Efficiency(0.8, 0.62, 4e-6, "as xla.dequantize_dot: 565 us of bf16 product at M=2048", 2),
@@ -213,8 +225,12 @@ def format_seconds(seconds: float) -> str:
 def efficiency(route: str, problem: Problem, device: Device) -> Efficiency:
     """What the route was measured to reach on such a problem; `CEILING` where it was not."""
     rows = MEASURED.get((route, device.platform, problem.scheme.bits < 8), ())
-    fitting = (row for row in rows if row.m_max is None or problem.m <= row.m_max)
-    return next(fitting, CEILING)
+
+    def fits(row: Efficiency) -> bool:
+        known = not row.weights or problem.scheme.weight in row.weights
+        return known and (row.m_max is None or problem.m <= row.m_max)
+
+    return next(filter(fits, rows), CEILING)
 
 
 def weight_bytes(problem: Problem) -> int:

@@ -9,6 +9,7 @@ from aot.compiler import Compiler, missing
 from products import Product
 
 from pallas_kernels.mosaic import matmul_w8a8, w8a8_plan
+from pallas_kernels.mosaic.many_tiles import ManyTile
 from pallas_kernels.mosaic.tiles import Tile
 
 if reason := missing():
@@ -45,6 +46,29 @@ def test_a_configuration_compiles_with_the_registers_that_it_counts_on(m: int, t
     producer, consumer = tile.handed_over(columns=1)
     if tile.needs > tile.registers:
         assert producer + tile.consumers * consumer <= (tile.consumers + 1) * kernel.registers
+
+
+# scheme, the configuration of many rows
+OF_MANY = [
+    ("w4a16", ManyTile(256, 3)),
+    ("w4a16", ManyTile(192, 3, 2)),
+    ("w4a16:symmetric=false", ManyTile(192, 3)),
+    ("w4a16:group_size=64,symmetric=false", ManyTile(128, 4)),
+    ("nvfp4", ManyTile(128, 4)),
+    ("nf4", ManyTile(128, 5)),
+]
+
+
+@pytest.mark.parametrize(("scheme", "tile"), OF_MANY, ids=str)
+def test_a_configuration_of_many_rows_compiles_with_the_registers_that_it_counts_on(
+    scheme: str, tile: ManyTile, compiler: Compiler
+) -> None:
+    report = compiler("H200", Product(scheme, 2048, 4096, 22016), "mosaic.matmul_many", dataclasses.asdict(tile))
+    assert not report.error, report.error
+    (kernel,) = (k for k in report.kernels if "hopper" in k.name)
+    assert (kernel.spills, kernel.stack, kernel.serialized) == (0, 0, False)
+    producer, consumer = tile.handed_over(columns=8)
+    assert producer + tile.consumers * consumer <= (tile.consumers + 1) * kernel.registers
 
 
 # rows of x, K, N, the configuration of 8 by 8 bits

@@ -44,6 +44,7 @@ ROUNDED = 2.5  # where something else is rounded to that type too, as the kernel
 ROUNDS = {
     "mosaic.matmul_few": ("nf4", "fp4", "higgs4"),  # values of the table
     "mosaic.matmul_packed": ("nf4", "fp4", "higgs4"),  # values of the table
+    "mosaic.matmul_many": ("nf4", "fp4", "higgs4"),  # values of the table
     "mosaic.matmul_w8a8": ("e4m3",),  # sums of 512 products, which Hopper's tensor cores keep in about 14 bits
     "triton.matmul_packed": ("nf4", "fp4", "higgs4"),  # values of the table
     "triton.matmul_tall": None,  # the weight

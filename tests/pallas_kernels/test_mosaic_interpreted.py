@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import qjax
-from pallas_kernels.mosaic import matmul_packed, operand
+from pallas_kernels.mosaic import matmul_many, matmul_packed, operand
+from pallas_kernels.mosaic.many_tiles import STRIP, ManyTile
 from pallas_kernels.mosaic.tiles import Tile
 from qjax.dequantize import block_scales
 from qjax.devices import find_device
@@ -16,7 +17,8 @@ from qjax.errors import BackendError
 from qjax.kernel_call import problem_of
 from qjax.qtensor import QTensor
 
-# scheme, (M, K, N), tile, error allowed against rounding the exact result: tables are rounded to x's type first
+# scheme, (M, K, N), tile, error allowed against rounding the exact result: tables are rounded to x's type first; the
+# tile says which kernel it is
 CASES = [
     ("w4a16", (3, 640, 70), Tile(8, 1, 1, 1, 2, 2, 0), 1.05),
     ("w4a16:symmetric=false", (1, 1024, 64), Tile(8, 1, 2, 1, 2, 2, 1), 1.05),
@@ -29,17 +31,22 @@ CASES = [
     ("fp4", (2, 192, 64), Tile(8, 1, 1, 1, 1, 2, 0), 1.7),
     ("mxfp4", (3, 288, 64), Tile(8, 1, 1, 1, 1, 2, 1), 1.05),
     ("nvfp4", (3, 256, 48), Tile(8, 1, 1, 1, 1, 1, 0), 1.05),
+    ("w4a16", (130, 384, 200), ManyTile(128, 2, 2), 1.05),
+    ("w4a16:group_size=64,symmetric=false", (70, 200, 130), ManyTile(128, 2), 1.05),
+    ("mxfp4", (200, 160, 130), ManyTile(192, 2), 1.05),
 ]
 
 
-def _product(scheme: str, m: int, k: int, n: int, dtype: str = "bfloat16", **options) -> tuple[np.ndarray, np.ndarray]:
+def _product(
+    scheme: str, m: int, k: int, n: int, dtype: str = "bfloat16", kernel=matmul_packed, **options
+) -> tuple[np.ndarray, np.ndarray]:
     """The interpreted product and the exact one, float64."""
     w = qjax.quantize_array(jax.random.normal(jax.random.key(0), (k, n)) * 0.02, scheme, partial_groups=True)
     x = jax.random.normal(jax.random.key(1), (m, k)).astype(dtype)
     scale = block_scales(w) if isinstance(w.scale, QTensor) else w.scale
     facts = dict(weight=w.scheme.weight, group=w.scheme.block[1] or k, zero_point=w.zero_point)
     facts["global_scale"] = w.global_scale
-    y = matmul_packed.matmul(x, w.packed, scale, interpret=True, **(facts | options))
+    y = kernel.matmul(x, w.packed, scale, interpret=True, **(facts | options))
     return np.asarray(y, np.float64), np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64)
 
 
@@ -50,9 +57,10 @@ def _rounding(exact: np.ndarray, dtype: str = "bfloat16") -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "shape", "tile", "allowed"), CASES, ids=lambda v: str(v))
 def test_an_interpreted_kernel_is_as_close_to_float64_as_rounding_once_and_does_not_race(
-    scheme: str, shape: tuple[int, int, int], tile: Tile, allowed: float, capfd: pytest.CaptureFixture[str]
+    scheme: str, shape: tuple[int, int, int], tile: Tile | ManyTile, allowed: float, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    y, exact = _product(scheme, *shape, config=vars(tile))
+    kernel = matmul_packed if isinstance(tile, Tile) else matmul_many
+    y, exact = _product(scheme, *shape, kernel=kernel, config=vars(tile), sms=2)  # few programs: some have two tiles
     assert np.linalg.norm(y - exact) <= allowed * _rounding(exact)
     assert "RACE" not in capfd.readouterr().out
 
@@ -124,6 +132,24 @@ def test_configurations_fit_the_chip(m: int) -> None:
     for tile in found:
         assert tile.stages % tile.k_groups == 0 and tile.tile_m >= min(m, 64)
         assert 128 * (tile.consumers + 1) * tile.registers <= 65536
+
+
+@pytest.mark.parametrize("m", [65, 256, 2048])
+@pytest.mark.parametrize(("weight", "group"), [("int4", 128), ("int4", 64), ("nf4", 64), ("e2m1", 16)])
+def test_configurations_of_many_rows_fit_the_chip(m: int, weight: str, group: int) -> None:
+    facts = dict(weight=weight, group=group, smem=227 * 1024, symmetric=False)
+    found = [ManyTile(**config) for config in matmul_many.configs(m, 4096, 22016, **facts)]
+    assert {tile.cluster for tile in found} == {1, 2}
+    for tile in found:
+        producer, consumer = tile.handed_over(columns=8)
+        assert tile.tile_m % STRIP == 0 and tile.stages >= 2
+        assert 128 * (producer + 2 * consumer) <= 65536
+
+
+def test_groups_too_small_for_products_of_their_own_are_left_to_another_kernel() -> None:
+    facts = dict(weight="int4", block_n=1, x_dtype="bfloat16", x_format=None, scale_dtype="float16", transposed=False)
+    assert "groups of 64 or more" in matmul_many.unsupported(256, 4096, 8, group=32, **facts)
+    assert matmul_many.unsupported(256, 4096, 8, group=64, **facts) is None
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "nf4", "mxfp4", "nvfp4"])
