@@ -52,6 +52,7 @@ QUANTIZED_X = (
     "w8a8_int8",
     "w8a8_int8:activation=tensor",
     "w8a8_int8:mode=static",
+    "w4a8_int8",
     "w4a8_int8:group_size=32,symmetric=false",
     "w8a8_fp8",
     "w8a8_fp8:granularity=tensor,mode=static",

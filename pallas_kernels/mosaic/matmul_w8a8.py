@@ -37,8 +37,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.finish import finish
 from pallas_kernels.mosaic import columns
+from pallas_kernels.mosaic.lines import LINE, in_lines, views
 from pallas_kernels.mosaic.operand import OF_ROWS, ROWS, VALUES
-from pallas_kernels.mosaic.w8a8_plan import CONSUMERS, LINE, SLOTS, STEP, TILE_M, Plan, Tile, candidates, tile_for
+from pallas_kernels.mosaic.w8a8_plan import CONSUMERS, SLOTS, STEP, TILE_M, Plan, Tile, candidates, tile_for
 
 PROMOTED = 4  # steps of e4m3 whose sum stays in the tensor cores before it joins the total
 MOST_EXACT_K = 2**31 // (128 * 128) - 1  # products of int8 codes whose sum int32 holds
@@ -71,20 +72,6 @@ def configs(m: int, k: int, n: int, *, weight: str, smem: int, **_: Any) -> list
     return [dataclasses.asdict(tile) for tile in candidates(m, weight, smem)]
 
 
-def _views(plan: Plan, ref: Any) -> tuple[Any, Any]:
-    """An array of `_in_lines` as the copy engine sees it and as registers and `wgmma` do."""
-    return (ref, ref) if plan.interpret else ref
-
-
-def _in_lines(plan: Plan, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Rows of 128 bytes in shared memory under two names: rows, swizzled, and tiles of eight of them, which are the
-    same bytes. The copy engine cuts arrays of any size into rows, into tiles only those that are made of them."""
-    swizzle = plgpu.SwizzleTransform(LINE)  # type: ignore[abstract]
-    tiling = plgpu.TilingTransform((8, LINE // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
-    tiles = plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
-    return tiles if plan.interpret else plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), tiles)
-
-
 def _slot(plan: Plan, step: Any) -> jax.Array:
     return jax.lax.rem(step, jnp.int32(plan.tile.stages))
 
@@ -92,7 +79,7 @@ def _slot(plan: Plan, step: Any) -> jax.Array:
 def _produce(plan: Plan, program: jax.Array, of_cluster: Any, refs: dict[str, Any], s: Any) -> None:
     """Fills stage after stage, tile after tile."""
     tile = plan.tile
-    (x_lines, _), (w_lines, _) = _views(plan, s["x"]), _views(plan, s["w"])
+    (x_lines, _), (w_lines, _) = views(s["x"], plan.interpret), views(s["w"], plan.interpret)
     shared = "cluster" if tile.cluster > 1 else None
     if not plan.interpret:  # which knows neither
         plgpu.griddepcontrol_wait()
@@ -131,7 +118,7 @@ def _produce(plan: Plan, program: jax.Array, of_cluster: Any, refs: dict[str, An
 
 def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, count: Any, s: Any) -> jax.Array:
     """The products of `count` stages from number `first` on, `[64, tile_n]`, one always on its way."""
-    (_, x_tiles), (_, w_tiles) = _views(plan, s["x"]), _views(plan, s["w"])
+    (_, x_tiles), (_, w_tiles) = views(s["x"], plan.interpret), views(s["w"], plan.interpret)
     dtype = jnp.int32 if x_tiles.dtype == jnp.int8 else jnp.float32
 
     def multiply(acc: Any) -> jax.Array:
@@ -157,7 +144,7 @@ def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, count: Any, s: Any
 
 def _total(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Array:
     """The products of a tile's stages, `[64, tile_n]`."""
-    x_tiles = _views(plan, s["x"])[1]
+    x_tiles = views(s["x"], plan.interpret)[1]
     if x_tiles.dtype == jnp.int8:
         return _sums(plan, warpgroup, first, plan.steps, s)
 
@@ -171,7 +158,7 @@ def _total(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Ar
 
 def _store(plan: Plan, warpgroup: jax.Array, total: jax.Array, at: Any, s: Any) -> None:
     """Scales a tile's sums, adds the bias and writes them, a piece of 128 bytes a row at a time."""
-    lines, tiles = _views(plan, s["out"])
+    lines, tiles = views(s["out"], plan.interpret)
     width = tiles.shape[-1]
     plgpu.barrier_wait(s["scaled"])
     of_x = plgpu.load(s["x_scale"].at[pl.ds(warpgroup * ROWS, ROWS)], layout=OF_ROWS, optimized=False)
@@ -240,9 +227,9 @@ def _scratch(plan: Plan, dtype: Any, out_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
     tile = plan.tile
     found = dict(
-        x=_in_lines(plan, (tile.stages, TILE_M, STEP), dtype),
-        w=_in_lines(plan, (tile.stages, tile.tile_n, STEP), dtype),
-        out=_in_lines(plan, (CONSUMERS, SLOTS, ROWS, LINE // jnp.dtype(out_dtype).itemsize), out_dtype),
+        x=in_lines((tile.stages, TILE_M, STEP), dtype, plan.interpret),
+        w=in_lines((tile.stages, tile.tile_n, STEP), dtype, plan.interpret),
+        out=in_lines((CONSUMERS, SLOTS, ROWS, LINE // jnp.dtype(out_dtype).itemsize), out_dtype, plan.interpret),
         x_scale=plgpu.SMEM((TILE_M,), jnp.float32),
         scale=plgpu.SMEM((tile.wide,), jnp.float32),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),

@@ -4,17 +4,15 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.mosaic.columns import LANES
+from pallas_kernels.mosaic.lines import BAND, LINE, count_of, in_bands
 from pallas_kernels.mosaic.operand import ROWS
 
 STEP = 128  # columns of K of a stage: a row of it is what the swizzle is made for
 CONSUMERS = 2
 TILE_M = CONSUMERS * ROWS
-BAND = 16  # tiles along M that neighbours in time lie in
 SLOTS = 2  # pieces of a consumer's result on their way to memory
-LINE = 128  # bytes of a row in shared memory
 _SIZES = (64, 128, 192, 256)
 
 
@@ -75,16 +73,12 @@ class Plan:
     def tiles(self, program: jax.Array) -> jax.Array:
         """How many a cluster computes."""
         along_m, along_n = self.along
-        return jax.lax.div(along_m * along_n - program + self.programs - 1, jnp.int32(self.programs))
+        return count_of(along_m * along_n, self.programs, program)
 
     def place(self, number: jax.Array, of_cluster: Any) -> tuple[jax.Array, jax.Array]:
         """First row of x and of the weight of a cluster's tile by its number."""
-        along_m, along_n = self.along
-        high = BAND // self.tile.cluster
-        band, inside = jax.lax.div(number, high * along_n), jax.lax.rem(number, high * along_n)
-        height = jnp.minimum(along_m - band * high, high)
-        along = band * high + jax.lax.rem(inside, height)
-        return (along * self.tile.cluster + of_cluster) * TILE_M, jax.lax.div(inside, height) * self.tile.tile_n
+        along_m, along_n = in_bands(number, *self.along, BAND // self.tile.cluster)
+        return (along_m * self.tile.cluster + of_cluster) * TILE_M, along_n * self.tile.tile_n
 
 
 def _most_stages(tile_n: int, cluster: int, smem: int) -> Tile:

@@ -93,6 +93,8 @@ ROUTES: tuple[Route, ...] = (
           frozenset({"int8", "e4m3"}), frozenset(), GPU, 80, m_min=1),
     Route("mosaic.matmul_w8a8", "mosaic", "pallas_kernels.mosaic.matmul_w8a8", frozenset({"int8", "e4m3"}),
           frozenset({"int8", "e4m3"}), frozenset(), GPU, 90, 90, m_min=65),
+    Route("mosaic.matmul_w4a8", "mosaic", "pallas_kernels.mosaic.matmul_w4a8", frozenset({"int4"}),
+          frozenset({"int8"}), frozenset(), GPU, 90, 90, m_min=65),
     Route("triton.transposed", "triton", "pallas_kernels.triton.transposed", INTEGERS | TABLES | {"e2m1"},
           AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=1),
     Route("triton.transposed_8bit", "triton", "pallas_kernels.triton.transposed_8bit", BYTES,

@@ -8,7 +8,7 @@ import pytest
 from aot.compiler import Compiler, missing
 from products import Product
 
-from pallas_kernels.mosaic import matmul_w8a8, w8a8_plan
+from pallas_kernels.mosaic import matmul_w4a8, matmul_w8a8, w4a8_plan, w8a8_plan
 from pallas_kernels.mosaic.many_tiles import ManyTile
 from pallas_kernels.mosaic.tiles import Tile
 
@@ -91,3 +91,23 @@ def test_a_configuration_of_8_by_8_bits_compiles_with_the_registers_that_it_coun
     assert (kernel.spills, kernel.stack, kernel.serialized) == (0, 0, False)
     producer, consumer = matmul_w8a8.REGISTERS
     assert producer + w8a8_plan.CONSUMERS * consumer <= (w8a8_plan.CONSUMERS + 1) * kernel.registers
+
+
+# rows of x, K, N, the configuration of 4 by 8 bits
+OF_NIBBLES = [
+    ("w4a8_int8", 2048, 4096, 22016, w4a8_plan.Tile(160, 6, 2)),
+    ("w4a8_int8", 257, 4304, 333, w4a8_plan.Tile(192, 5, 1)),
+    ("w4a8_int8:group_size=256", 100, 11008, 4096, w4a8_plan.Tile(64, 8, 2)),
+]
+
+
+@pytest.mark.parametrize(("scheme", "m", "k", "n", "tile"), OF_NIBBLES, ids=str)
+def test_a_configuration_of_4_by_8_bits_compiles_with_the_registers_that_it_counts_on(
+    scheme: str, m: int, k: int, n: int, tile: w4a8_plan.Tile, compiler: Compiler
+) -> None:
+    report = compiler("H200", Product(scheme, m, k, n), "mosaic.matmul_w4a8", dataclasses.asdict(tile))
+    assert not report.error, report.error
+    (kernel,) = (k for k in report.kernels if "hopper" in k.name)
+    assert (kernel.spills, kernel.stack, kernel.serialized) == (0, 0, False)
+    producer, consumer = matmul_w4a8.REGISTERS
+    assert producer + w4a8_plan.CONSUMERS * consumer <= (w4a8_plan.CONSUMERS + 1) * kernel.registers

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lane_places import places
 
 import qjax
 from pallas_kernels.mosaic import matmul_many, matmul_packed, operand
@@ -88,25 +89,10 @@ def test_a_stack_of_weights_is_one_more_axis_of_the_grid() -> None:
     assert np.linalg.norm(y - exact) <= 1.05 * _rounding(exact)
 
 
-def _places(layout, shape: tuple[int, int]) -> np.ndarray:
-    """Flat index of each element that a lane holds: `[warp, lane, register, element of the register]`."""
-    layout, of = layout.to_mgpu(), np.arange(np.prod(shape)).reshape(shape)
-    for tile in layout.tiling.tiles:
-        lead, last = of.shape[: -len(tile)], of.shape[-len(tile) :]
-        of = of.reshape(*lead, *(n for size, t in zip(last, tile, strict=True) for n in (size // t, t)))
-        first = len(lead)
-        outer, inner = range(first, of.ndim, 2), range(first + 1, of.ndim, 2)
-        of = of.transpose(*range(first), *outer, *inner)
-    taken = (*layout.warp_dims, *layout.lane_dims, layout.vector_dim)
-    rest = [axis for axis in range(-of.ndim, 0) if axis not in taken]
-    of = of.transpose([a % of.ndim for a in (*layout.warp_dims, *layout.lane_dims, *rest, layout.vector_dim)])
-    return of.reshape(4, 32, -1, of.shape[-1])
-
-
 @pytest.mark.parametrize("piece", [range(16), range(4, 8), range(14, 16)], ids=str)
 def test_every_lane_holds_the_codes_of_the_values_that_wgmma_takes_from_it(piece: range) -> None:
-    words = _places(operand.WORDS, (64, 16))  # a row's block of words
-    values = _places(operand.VALUES, (64, 8 * len(piece)))
+    words = places(operand.WORDS, (64, 16))  # a row's block of words
+    values = places(operand.VALUES, (64, 8 * len(piece)))
     sources = operand.sources(piece)
     assert values.shape == (4, 32, len(sources), 2)
     for register, (t, half, j) in enumerate(sources):

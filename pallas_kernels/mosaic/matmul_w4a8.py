@@ -1,0 +1,343 @@
+"""y = residual + activation(x @ w + bias) on Hopper, weights of 4 bits, x of 8, for many rows of x.
+
+    y[m, n] = x_scale[m] * sum_k x[m, k] * (code(n, k) - 8) * scale[n, k // group]
+
+Operands
+    x          int8 [M, K]; x_scale float32 [M, 1]
+    packed     uint32 [N, B, 16], the packed order, B = ceil(K / 128)
+    scale      [N, ceil(K / group)] or [1, 1]: float16, bfloat16, float32, float8_e8m0fnu or float8_e4m3fn
+    bias       [N]; residual [M, N]
+
+Work: one program a multiprocessor walks over tiles of 128 rows of the weight and `tile_m` of x, in bands of 16 tiles
+along M. Its warpgroups:
+
+    producer    TMA: x [tile_m, 128], words [128, 16] of a block of K ──▶ ring of stages in shared memory, across tiles;
+                its lanes: scales of a block, those of x and the bias of a tile ──▶ float32 in shared memory
+    2 consumers words ──3 operations on four codes──▶ int8 in registers ──wgmma, x from shared memory──▶ sums
+                sums ──scale──▶ total [64, tile_m] ... ──x_scale, bias──▶ y in shared memory, turned ──TMA──▶ y
+
+The product is `y.T`: the weight is the operand that stays in registers. Consumers take turns: one's products begin when
+the other's have been issued, so that tensor cores multiply for one while the other scales and decodes.
+
+Scales without conversions of integers. The sums P run on from block to block, P(b) of blocks 0 .. b, and
+
+    sum over b of scale(b) * (P(b) - P(b - 1))  =  sum over b of P(b) * (scale(b) - scale(b + 1))
+
+with a scale of 0 beyond the last, so that what the producer brings are differences of scales, and nothing is set to
+zero between groups. The int32 accumulators begin at the bits of the float 1.5 * 2^23, where one more is one more in
+float32, too: read as float32 they are 1.5 * 2^23 + P, exactly, while |P| <= 2^22. That holds for 32 blocks, 4096
+columns; then they begin anew.
+
+Numerics: sums of codes are exact, differences of scales and the sum over blocks are rounded to float32. One rounding
+to `out_dtype`, of the result.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.finish import finish
+from pallas_kernels.mosaic import accumulate, columns, int8_operand
+from pallas_kernels.mosaic.lines import in_lines, tiled, views
+from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, SINGLE, VALUES, WORDS, WORDS_A_BLOCK
+from pallas_kernels.mosaic.w4a8_plan import CONSUMERS, EXACT, PIECE, SLOTS, TILE_N, Plan, Tile, candidates, tile_for
+
+REGISTERS = (40, 232)  # of a producer's thread and of a consumer's: 168 each is what the kernel starts with
+ZERO = 1.5 * 2**23  # the float whose neighbours are one apart, 2^22 of them on either side
+ZERO_BITS = 0x4B400000
+_OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+def unsupported(
+    m: int, k: int, n: int, *, symmetric: bool, group: int, block_n: int, transposed: bool, **_: Any
+) -> str | None:
+    """Why this kernel cannot do a product, or None."""
+    if transposed:
+        return "it multiplies by the weight, not by its transpose"
+    if not symmetric:
+        return "it knows no zero points"
+    if block_n not in (1, n) or (block_n == n != 1 and group < k):
+        return f"its scales belong to one row or to all, not to {block_n} rows"
+    if group < k and group % BLOCK:
+        return f"groups of {group}: it knows multiples of {BLOCK}"
+    return None
+
+
+def configs(m: int, k: int, n: int, *, smem: int, **_: Any) -> list[dict[str, int]]:
+    """Configurations worth measuring."""
+    return [dataclasses.asdict(tile) for tile in candidates(m, smem)]
+
+
+def _slot(plan: Plan, step: Any) -> jax.Array:
+    return jax.lax.rem(step, jnp.int32(plan.tile.stages))
+
+
+def _differences(plan: Plan, program: jax.Array, of_cluster: Any, ref: Any) -> tuple[Any, Any]:
+    """Functions of a stage's number: the scales of its block, float32 `[128]`; whether sums begin anew behind it."""
+    last = plan.tiles(program) * plan.blocks - 1
+
+    def scales(step: Any) -> jax.Array:
+        step = jnp.minimum(step, last)
+        tile, block = jax.lax.div(step, jnp.int32(plan.blocks)), jax.lax.rem(step, jnp.int32(plan.blocks))
+        _, first_w = plan.place(program + tile * plan.programs, of_cluster)
+        column = jnp.minimum(jax.lax.div(block, jnp.int32(plan.group // BLOCK)), ref.shape[1] - 1)
+        return columns.value(columns.read(ref, first_w, column, TILE_N, plan.interpret), plan.scale)
+
+    def is_last(block: jax.Array) -> jax.Array:
+        return (jax.lax.rem(block, jnp.int32(EXACT)) == EXACT - 1) | (block == plan.blocks - 1)
+
+    return scales, is_last
+
+
+def _produce(plan: Plan, program: jax.Array, of_cluster: Any, refs: dict[str, Any], s: Any) -> None:
+    """Fills stage after stage, tile after tile."""
+    tile = plan.tile
+    x_lines, _ = views(s["x"], plan.interpret)
+    shared = "cluster" if tile.cluster > 1 else None
+    scales, is_last = _differences(plan, program, of_cluster, refs["scale"])
+    if not plan.interpret:  # which knows neither
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
+
+    def bring(name: str, first: jax.Array, height: int) -> jax.Array:
+        return columns.read(refs[name], first, jnp.int32(0), height, plan.interpret).astype(jnp.float32)
+
+    def one(i: jax.Array, ahead: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        first_x, first_w = plan.place(program + i * plan.programs, of_cluster)
+
+        def fill(block: jax.Array, ahead: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            step = i * plan.blocks + block
+            slot, (this, following), later = _slot(plan, step), ahead, scales(step + 2)
+            plgpu.barrier_wait(s["empty"].at[slot])
+            plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
+            full = s["full"].at[slot]
+            words = refs["w"].at[pl.ds(first_w, TILE_N), pl.ds(block * WORDS_A_BLOCK, WORDS_A_BLOCK)]
+            plgpu.copy_gmem_to_smem(words, s["w"].at[slot], full)
+            x = refs["x"].at[pl.ds(first_x, tile.tile_m), pl.ds(block * BLOCK, BLOCK)]
+            plgpu.copy_gmem_to_smem(x, x_lines.at[slot], full, collective_axes=shared)
+            s["scale"][slot] = this - jnp.where(is_last(block), jnp.float32(0), jnp.float32(1)) * following
+            plgpu.barrier_arrive(full)
+            return following, later
+
+        ahead = jax.lax.fori_loop(0, plan.blocks, fill, ahead)
+        plgpu.barrier_wait(s["unscaled"])
+        s["x_scale"][...] = bring("x_scale", first_x, tile.wide)
+        if plan.bias:
+            s["bias"][...] = bring("bias", first_w, TILE_N)
+        plgpu.barrier_arrive(s["scaled"])
+        return ahead
+
+    jax.lax.fori_loop(0, plan.tiles(program), one, (scales(jnp.int32(0)), scales(jnp.int32(1))))
+
+    @pl.loop(0, tile.stages)  # until all that was filled was read
+    def drain(i: jax.Array) -> None:
+        plgpu.barrier_wait(s["empty"].at[_slot(plan, plan.tiles(program) * plan.blocks + i)])
+
+    plgpu.barrier_wait(s["unscaled"])
+
+
+def _multiply(plan: Plan, warpgroup: jax.Array, sums: jax.Array, values: jax.Array, x: Any, s: Any) -> jax.Array:
+    """`sums + values @ x.T`, begun in turn."""
+    plgpu.barrier_wait(s["turn"].at[warpgroup])
+    if not plan.interpret:  # which takes wgmma's first operand from memory alone
+        sums = int8_operand.begin(sums, values, x, tiled(jnp.int8))
+    plgpu.barrier_arrive(s["turn"].at[1 - warpgroup])
+    if plan.interpret:
+        return sums + values.astype(jnp.int32) @ x[...].astype(jnp.int32).T
+    return int8_operand.finished(sums)
+
+
+def _add(plan: Plan, warpgroup: jax.Array, first: jax.Array, count: Any, total: jax.Array, s: Any) -> jax.Array:
+    """`total` and the scaled products of `count` stages from number `first` on, at most `EXACT`, `[64, tile_m]`."""
+    _, x_tiles = views(s["x"], plan.interpret)
+    rows = pl.ds(warpgroup * ROWS, ROWS)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, sums = carry
+        slot = _slot(plan, first + i)
+        plgpu.barrier_wait(s["full"].at[slot])
+        words = plgpu.load(s["w"].at[slot, rows], layout=WORDS)
+        scale = plgpu.load(s["scale"].at[slot, rows], layout=OF_ROWS, optimized=False)
+        values = int8_operand.values(words, plan.interpret)
+        sums = _multiply(plan, warpgroup, sums, values, x_tiles.at[slot], s)
+        plgpu.barrier_arrive(s["empty"].at[slot])
+        found = jax.lax.bitcast_convert_type(sums, jnp.float32) - jnp.float32(ZERO)
+        return accumulate.add_scaled(total, found, scale, plan.interpret), sums
+
+    begun = plgpu.layout_cast(jnp.full((ROWS, plan.tile.tile_m), ZERO_BITS, jnp.int32), VALUES)
+    return jax.lax.fori_loop(0, count, step, (total, begun))[0]
+
+
+def _total(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Array:
+    """The scaled products of a tile's stages, `[64, tile_m]`."""
+
+    def part(i: jax.Array, total: jax.Array) -> jax.Array:
+        count = jnp.minimum(plan.blocks - i * EXACT, EXACT)
+        return _add(plan, warpgroup, first + i * EXACT, count, total, s)
+
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, plan.tile.tile_m), jnp.float32), VALUES)
+    return jax.lax.fori_loop(0, -(-plan.blocks // EXACT), part, zeros)
+
+
+def _store(plan: Plan, warpgroup: jax.Array, total: jax.Array, at: Any, s: Any) -> None:
+    """Multiplies a tile's sums by the scales of x, adds the bias and writes them, `PIECE` rows of x at a time."""
+    lines, tiles = views(s["out"], plan.interpret)
+    first_x, first_w = at
+    plgpu.barrier_wait(s["scaled"])
+    if plan.bias:
+        bias = plgpu.load(s["bias"].at[pl.ds(warpgroup * ROWS, ROWS)], layout=OF_ROWS, optimized=False)
+        bias = jax.lax.broadcast_in_dim(bias, (ROWS, PIECE), (0,))
+    for i, first in enumerate(range(0, plan.tile.tile_m, PIECE)):
+        scale = plgpu.load(s["x_scale"].at[pl.ds(first, PIECE)], layout=_OF_COLUMNS, optimized=False)
+        part = total[:, first : first + PIECE] * jax.lax.broadcast_in_dim(scale, (ROWS, PIECE), (1,))
+        if plan.bias:
+            part = part + bias
+        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+        if tiles.dtype == jnp.float32:
+            part = plgpu.layout_cast(part, SINGLE)
+        tiles.at[warpgroup, i % SLOTS].T[...] = part.astype(tiles.dtype)
+        plgpu.commit_smem()
+        rows, of_w = pl.ds(first_x + first, PIECE), pl.ds(first_w + warpgroup * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(lines.at[warpgroup, i % SLOTS], s["y"].at[rows, of_w])
+    plgpu.barrier_arrive(s["unscaled"])
+
+
+def _consume(plan: Plan, program: jax.Array, of_cluster: Any, warpgroup: jax.Array, s: Any) -> None:
+    """A consumer's rows of all tiles of its program."""
+
+    @pl.loop(0, plan.tile.stages)
+    def nothing_to_read_yet(slot: jax.Array) -> None:
+        plgpu.barrier_arrive(s["empty"].at[slot])
+
+    plgpu.barrier_arrive(s["unscaled"])
+
+    @pl.when(warpgroup == 1)
+    def begin() -> None:
+        plgpu.barrier_arrive(s["turn"].at[0])
+
+    @pl.loop(0, plan.tiles(program))
+    def one(i: jax.Array) -> None:
+        total = _total(plan, warpgroup, i * plan.blocks, s)
+        _store(plan, warpgroup, total, plan.place(program + i * plan.programs, of_cluster), s)
+
+    @pl.when(warpgroup == 0)
+    def end() -> None:
+        plgpu.barrier_wait(s["turn"].at[0])
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _kernel(plan: Plan, names: tuple[str, ...], *given: Any, **s: Any) -> None:
+    """One warpgroup of one program: see the module's docstring."""
+    refs = dict(zip(names, given, strict=True))
+    s["y"] = refs["y"]
+    program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
+    of_cluster = jax.lax.axis_index("cluster") if plan.tile.cluster > 1 else 0
+
+    @pl.when(warpgroup == CONSUMERS)
+    def fill() -> None:
+        plgpu.set_max_registers(REGISTERS[0], action="decrease")
+        _produce(plan, program, of_cluster, refs, s)
+
+    @pl.when(warpgroup < CONSUMERS)
+    def multiply() -> None:
+        plgpu.set_max_registers(REGISTERS[1], action="increase")
+        _consume(plan, program, of_cluster, warpgroup, s)
+
+
+def _empty(tile: Tile) -> Any:
+    """Barriers that say that a stage has been read, by all programs of a cluster."""
+    if tile.cluster == 1:
+        return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=tile.stages)
+
+
+def _scratch(plan: Plan, out_dtype: Any) -> dict[str, Any]:
+    """Shared memory and barriers of a program."""
+    tile, smem = plan.tile, plgpu.SMEM
+    found = dict(
+        x=in_lines((tile.stages, tile.tile_m, BLOCK), jnp.int8, plan.interpret),
+        w=smem((tile.stages, TILE_N, WORDS_A_BLOCK), jnp.uint32),
+        out=in_lines((CONSUMERS, SLOTS, PIECE, ROWS), out_dtype, plan.interpret),
+        scale=smem((tile.stages, TILE_N), jnp.float32),
+        x_scale=smem((tile.wide,), jnp.float32),
+        full=plgpu.Barrier(num_arrivals=3, num_barriers=tile.stages),
+        empty=_empty(tile),
+        turn=plgpu.Barrier(num_barriers=CONSUMERS),
+        scaled=plgpu.Barrier(),
+        unscaled=plgpu.Barrier(num_arrivals=CONSUMERS),
+    )
+    if plan.bias:
+        found["bias"] = smem((TILE_N,), jnp.float32)
+    return found
+
+
+def matmul(
+    x: jax.Array,
+    packed: jax.Array,
+    scale: jax.Array,
+    *,
+    x_scale: jax.Array,
+    group: int,
+    bias: jax.Array | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: Any = jnp.bfloat16,
+    config: dict[str, int] | None = None,
+    sms: int = 132,
+    smem: int = 227 * 1024,
+    interpret: bool = False,
+    **_: Any,
+) -> jax.Array:
+    """The product of the module's docstring.
+
+    Args:
+      group: columns of K that share a scale, a multiple of 128 where `scale` has more than one column.
+      activation: elementwise, on float32.
+      out_dtype: of the result.
+      config: fields of `Tile`; empty takes `tile_for` the shape and the chip: `sms` multiprocessors, `smem` bytes of
+        shared memory that a program may have.
+      interpret: run in JAX's interpreter of such kernels, on any machine; it raises where they race.
+      (others: shapes and dtypes in the module's docstring)
+
+    Returns:
+      `[M, N]` in `out_dtype`.
+    """
+    m, (n, blocks) = x.shape[0], packed.shape[:2]
+    tile = Tile(**config) if config else tile_for(m, n, sms=sms, smem=smem)
+    whole = activation is None and residual is None
+    stored = jnp.dtype(out_dtype if whole else jnp.float32)
+    group = blocks * BLOCK if scale.shape[1] == 1 else group
+    plan = Plan(m, n, blocks, group, scale.dtype.name, whole and bias is not None, tile, sms, interpret)
+    operands = dict(
+        x=int8_operand.in_order(x), w=packed.reshape(n, -1), x_scale=x_scale, scale=columns.as_loaded(scale)
+    )
+    if plan.bias:
+        assert bias is not None
+        operands["bias"] = bias[:, None]
+    unit = 16 // stored.itemsize  # rows of the copy engine's arrays are whole 16 bytes
+    y = plgpu.kernel(
+        functools.partial(_kernel, plan, (*operands, "y")),
+        out_type=jax.ShapeDtypeStruct((m, -(-n // unit) * unit), stored),
+        grid=(plan.programs,),
+        grid_names=("program",),
+        cluster=(tile.cluster,) if tile.cluster > 1 else (),
+        cluster_names=("cluster",) if tile.cluster > 1 else (),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="qjax_w4a8_hopper",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        scratch_types=_scratch(plan, stored),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(*operands.values())[:, :n]
+    if whole:
+        return y
+    return finish(y, out_dtype, global_scale=None, bias=bias, activation=activation, residual=residual)

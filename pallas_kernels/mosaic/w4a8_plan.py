@@ -1,0 +1,101 @@
+"""Static facts of one product of 4 by 8 bits on Hopper: configurations, a first choice, which program computes what."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from pallas_kernels.mosaic.columns import LANES
+from pallas_kernels.mosaic.lines import BAND, LINE, count_of, in_bands
+from pallas_kernels.mosaic.operand import BLOCK, ROWS, WORDS_A_BLOCK
+
+CONSUMERS = 2
+TILE_N = CONSUMERS * ROWS
+EXACT = 32  # blocks whose sums of codes stay within 22 bits, at most 8 * 128 each product
+PIECE = 32  # rows of x of a piece of the result
+SLOTS = 2  # pieces of a consumer's result on their way to memory
+_SIZES = (64, 96, 128, 160, 192)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A kernel's configuration.
+
+    Attributes:
+      tile_m: rows of x of a tile, a multiple of 32, at most 192; 128 rows of the weight belong to it.
+      stages: blocks of 128 columns in flight from memory to shared memory.
+      cluster: 1, or 2 programs side by side along the weight's rows that share each stage's part of x.
+    """
+
+    tile_m: int
+    stages: int
+    cluster: int
+
+    @property
+    def wide(self) -> int:
+        """Rows of x for which the producer's 128 lanes bring scales: the tile's, rounded up."""
+        return -(-self.tile_m // LANES) * LANES
+
+    @property
+    def smem(self) -> int:
+        """Shared memory of a program in bytes, with room for barriers."""
+        ring = self.stages * (self.tile_m * BLOCK + TILE_N * WORDS_A_BLOCK * 4 + 4 * TILE_N)
+        return ring + CONSUMERS * SLOTS * PIECE * 2 * LINE + 4 * (self.wide + TILE_N) + 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static facts of one call; `group` columns share a scale, `scale` is its dtype."""
+
+    m: int
+    n: int
+    blocks: int
+    group: int
+    scale: str
+    bias: bool
+    tile: Tile
+    sms: int
+    interpret: bool
+
+    @property
+    def along(self) -> tuple[int, int]:
+        """Tiles of a cluster along M and N."""
+        return -(-self.m // self.tile.tile_m), -(-self.n // (TILE_N * self.tile.cluster))
+
+    @property
+    def programs(self) -> int:
+        """Clusters that run."""
+        along_m, along_n = self.along
+        return min(self.sms // self.tile.cluster, along_m * along_n)
+
+    def tiles(self, program: jax.Array) -> jax.Array:
+        """How many a cluster computes."""
+        along_m, along_n = self.along
+        return count_of(along_m * along_n, self.programs, program)
+
+    def place(self, number: jax.Array, of_cluster: Any) -> tuple[jax.Array, jax.Array]:
+        """First row of x and of the weight of a program's tile by its cluster's number."""
+        along_m, along_n = in_bands(number, *self.along, BAND)
+        return along_m * self.tile.tile_m, (along_n * self.tile.cluster + of_cluster) * TILE_N
+
+
+def _most_stages(tile_m: int, cluster: int, smem: int) -> Tile:
+    """The tile with as many stages as there is room for, at most eight."""
+    tiles = [Tile(tile_m, stages, cluster) for stages in range(2, 9)]
+    return max((t for t in tiles if t.smem <= smem), key=lambda t: t.stages)
+
+
+def candidates(m: int, smem: int) -> list[Tile]:
+    """Tiles worth measuring."""
+    sizes = [size for i, size in enumerate(_SIZES) if i == 0 or m > _SIZES[i - 1]]
+    return [_most_stages(size, cluster, smem) for size in sizes for cluster in (1, 2)]
+
+
+def tile_for(m: int, n: int, *, sms: int, smem: int) -> Tile:
+    """A first choice, unmeasured: the height that leaves the fewest rows' worth of time to the busiest program."""
+
+    def busiest(tile: Tile) -> tuple[int, int]:
+        tiles = -(-m // tile.tile_m) * -(-n // (TILE_N * tile.cluster))
+        return -(-tiles // (sms // tile.cluster)) * (tile.tile_m + 16), -tile.tile_m  # 16: what begins and ends a tile
+
+    return min((tile for tile in candidates(m, smem) if tile.cluster == 2), key=busiest)
