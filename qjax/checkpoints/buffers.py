@@ -9,14 +9,14 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
 _ALIGNMENT = 64  # what XLA asks of memory that it takes over
-_THREADS = 8
+THREADS = min(8, os.cpu_count() or 1)
 _ROWS = 64  # rows and columns that are transposed at a time
 _COPY = 1 << 21  # bytes that a thread copies at a time
 
@@ -47,7 +47,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     """The threads, which stay: a tensor takes little longer than to start them."""
-    return ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+    return ThreadPoolExecutor(THREADS)
 
 
 if hasattr(os, "register_at_fork"):  # a child has none of them
@@ -88,17 +88,35 @@ def _turn(found: np.ndarray, array: np.ndarray) -> None:
             found[row : row + _ROWS, column : column + _ROWS] = part.T
 
 
+def default_platform() -> str:
+    """Of the device that arrays go to where none is named: `jax.default_device`'s, which is a thread's own."""
+    device = jax.config.jax_default_device  # a jax.Device, a platform's name or None
+    return device.platform if isinstance(device, jax.Device) else (device or jax.default_backend())
+
+
+def ready(array: "np.ndarray | Deferred | jax.Array", platform: str) -> np.ndarray | jax.Array:
+    """All of an array, made now, on its way to a device of `platform`; one that is on a device stays there."""
+    if isinstance(array, jax.Array):
+        return array
+    return _part(array, (slice(None),) * len(array.shape), platform)
+
+
+def put(tree: Any) -> Any:
+    """A tree of arrays that are ready, on the default device; the host's memory is not looked at again."""
+    return jax.block_until_ready(jax.device_put(tree))
+
+
 def placed(array: "np.ndarray | Deferred | jax.Array", sharding: Sharding | None = None) -> jax.Array:
     """An array of a file on the devices of `sharding` (of this process), or on the default one.
 
     A part that a device does not hold is neither read nor made; the host has one part at a time. The file is not looked
     at again.
     """
-    if isinstance(array, jax.Array):
-        return array if sharding is None else jax.device_put(array, sharding)
     if sharding is None:
-        whole = (slice(None),) * len(array.shape)
-        return jax.device_put(_part(array, whole, jax.default_backend())).block_until_ready()
+        found: jax.Array = put(ready(array, default_platform()))
+        return found
+    if isinstance(array, jax.Array):
+        return jax.device_put(array, sharding)
     devices: dict[tuple[tuple[int | None, int | None], ...], list[jax.Device]] = {}
     places = sharding.addressable_devices_indices_map(tuple(array.shape))
     for device, index in places.items():

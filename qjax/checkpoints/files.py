@@ -9,6 +9,7 @@ import bisect
 import functools
 import json
 import math
+import mmap
 import os
 import stat
 import struct
@@ -142,19 +143,24 @@ class CheckpointFiles:
         entry = self.entry(name)
         if entry.start == entry.stop:  # an empty range cannot be mapped
             return np.empty(entry.shape, entry.dtype)
-        raw = np.memmap(entry.file, np.uint8, "r", offset=entry.start, shape=(entry.stop - entry.start,))
-        return np.require(raw.view(entry.dtype), requirements="A").reshape(entry.shape).view(np.ndarray)
+        offset = entry.start - entry.start % mmap.ALLOCATIONGRANULARITY
+        with entry.file.open("rb", buffering=0) as file:
+            mapped = mmap.mmap(file.fileno(), entry.stop - offset, access=mmap.ACCESS_READ, offset=offset)
+        raw = np.frombuffer(mapped, np.uint8, offset=entry.start - offset)
+        return np.require(raw.view(entry.dtype), requirements="A").reshape(entry.shape)
 
-    def read_ahead(self, prefix: str) -> None:
-        """Lets the system begin to read the tensors of the module `prefix` from the disk, where it can be asked to.
+    def read_ahead(self, prefix: str) -> bool:
+        """Has the system begin to read the tensors of the module `prefix` from the disk; says whether it could.
 
-        What is mapped is else read a little at a time, where it is first touched, and whoever touches it waits.
+        Of a file that is gone by now, whoever reads it will hear.
         """
-        if not hasattr(os, "posix_fadvise"):  # as on macOS and Windows
-            return
-        for entry in map(self.entry, self.names_in(prefix)):
-            with entry.file.open("rb") as file:
-                os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
+        try:
+            for entry in map(self.entry, self.names_in(prefix)):
+                with entry.file.open("rb", buffering=0) as file:
+                    os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return False
+        return True
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The JSON object in the file `name` of the folder, or None where there is no such file."""

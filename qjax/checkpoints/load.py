@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from qjax import devices, sharding
 from qjax.checkpoints import detect, native
 from qjax.checkpoints.activations import CHOICES, with_activations
-from qjax.checkpoints.buffers import placed
+from qjax.checkpoints.buffers import default_platform, placed, put, ready
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.checkpoints.finite import count_bad
 from qjax.checkpoints.fit import fitted
@@ -87,7 +87,7 @@ def _warn_if_copied(mesh: Mesh) -> None:
 
 
 def _layer_reader(files: CheckpointFiles, opened: Source, activations: str, mesh: Mesh | None) -> "Reader":
-    """Reads Linears and embeddings: quantized ones checked and placed, others as the file has them."""
+    """Reads Linears and embeddings: quantized ones checked, and placed where there is a mesh; others as in the file."""
     from qjax.models.llama_weights import LayerWeights, dense_reader
 
     dense = dense_reader(files)
@@ -104,7 +104,8 @@ def _layer_reader(files: CheckpointFiles, opened: Source, activations: str, mesh
             raise CheckpointError(f"{files.path}: unexpected {', '.join(unknown)}; {prefix} is {', '.join(names)}")
         where = f"{files.path}: {prefix}.weight"
         kernel = checked(with_activations(kernel, activations, where), where)
-        kernel = on_device(kernel) if mesh is None else _on_mesh(kernel, prefix, mesh, where, opened)
+        if mesh is not None:
+            kernel = _on_mesh(kernel, prefix, mesh, where, opened)
         return LayerWeights(kernel, files[bias] if bias in files else None)
 
     return read
@@ -135,8 +136,9 @@ def checked(w: QTensor, where: str) -> QTensor:
 
 def on_device(w: QTensor) -> QTensor:
     """A checked QTensor on the default device."""
-    made: QTensor = jax.tree.map(placed, w)
-    return made
+    platform = default_platform()
+    found: QTensor = put(jax.tree.map(lambda array: ready(array, platform), w))
+    return found
 
 
 def _on_mesh(w: QTensor, prefix: str, mesh: Mesh, where: str, opened: Source) -> QTensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qjax.checkpoints.buffers import empty, in_parallel
+from qjax.checkpoints.buffers import THREADS, empty, in_parallel
 from qjax.checkpoints.codes import Codes
 from qjax.dispatch.choose import load_if_present
 from qjax.dispatch.routes import CPU, Route
@@ -76,37 +76,44 @@ class Packed:
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         n, columns = (range(size)[part] for size, part in zip(self.shape[:2], index[:2], strict=True))
-        fill = self._fill_bytes if self.bits >= 7 else self._fill_words
         found = empty((len(n), len(columns), *self.shape[2:]), self.dtype)
-        height = self.codes.tile[0]
-
-        def rows(start: int) -> None:
-            fill(slice(start, min(start + height, n.stop)), columns, found[start - n.start : start - n.start + height])
-
-        in_parallel(rows, range(n.start, n.stop, height))
-        return found
-
-    def _fill_bytes(self, rows: slice, columns: range, out: np.ndarray) -> None:
-        width = self.codes.tile[1] * BLOCK
-        for start in range(columns.start, columns.stop, width):
-            codes = self.codes.columns(rows, slice(start, min(start + width, columns.stop)))
-            out[:, start - columns.start :][:, : len(codes)] = to_zero_point(codes, self.bits).T
-
-    def _fill_words(self, rows: slice, columns: range, out: np.ndarray) -> None:
-        """Piece by piece: whole blocks of nibbles from word to word, where that can be; the rest as bytes, by tiles."""
+        if self.bits >= 7:
+            self._in_rows(n, lambda rows: self._fill_bytes(rows, columns, found[rows.start - n.start :]))
+            return found
         block = columns.start
         while block < columns.stop:
             piece, within = divmod(block, self._piece_blocks)
             count = min(columns.stop - block, self._piece_blocks - within)
             start = piece * self._piece + within * BLOCK
             ks = slice(start, min(start + count * BLOCK, (piece + 1) * self._piece))
-            filled = out[:, block - columns.start :][:, :count]
-            done = self._fill_nibbles(rows, ks, filled)
-            for first in range(done, count, self.codes.tile[1]):
-                some = filled[:, first : first + self.codes.tile[1]]
+            self._fill_words(n, ks, found[:, block - columns.start :][:, :count])
+            block += count
+        return found
+
+    def _in_rows(self, n: range, work: Callable[[slice], None]) -> None:
+        """Calls `work` on rows that are best taken at a time, on several threads."""
+        height = self.codes.tile[0]
+        in_parallel(work, [slice(start, min(start + height, n.stop)) for start in range(n.start, n.stop, height)])
+
+    def _fill_bytes(self, rows: slice, columns: range, out: np.ndarray) -> None:
+        width = self.codes.tile[1] * BLOCK
+        for start in range(columns.start, columns.stop, width):
+            codes = self.codes.columns(rows, slice(start, min(start + width, columns.stop)))
+            out[: codes.shape[1], start - columns.start :][:, : len(codes)] = to_zero_point(codes, self.bits).T
+
+    def _fill_words(self, n: range, ks: slice, out: np.ndarray) -> None:
+        """Fills the blocks of a piece: whole ones of nibbles from word to word, the rest as bytes, by tiles."""
+        done = self._fill_nibbles(slice(n.start, n.stop), ks, out)
+        blocks = self.codes.tile[1]
+
+        def fill(rows: slice) -> None:
+            for first in range(done, out.shape[1], blocks):
+                some = out[rows.start - n.start : rows.stop - n.start, first : first + blocks]
                 begin = ks.start + first * BLOCK
                 self._fill_tile(rows, slice(begin, min(begin + some.shape[1] * BLOCK, ks.stop)), some)
-            block += count
+
+        if done < out.shape[1]:
+            self._in_rows(n, fill)
 
     def _fill_nibbles(self, rows: slice, ks: slice, out: np.ndarray) -> int:
         """Fills whole blocks and says how many: none where there are no nibbles in words, or no library."""
@@ -114,7 +121,7 @@ class Packed:
         found = self.codes.nibbles(rows, slice(ks.start, ks.start + whole * BLOCK)) if whole and pack_nibbles else None
         if found is None or pack_nibbles is None:
             return 0
-        pack_nibbles(*found, out[:, :whole])
+        pack_nibbles(*found, out[:, :whole], threads=THREADS)
         return whole
 
     def _fill_tile(self, rows: slice, ks: slice, out: np.ndarray) -> None:
@@ -125,7 +132,7 @@ class Packed:
 
 
 @functools.cache
-def _pack_nibbles() -> Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None:
+def _pack_nibbles() -> Callable[..., None] | None:
     """The one of the library for CPUs, which the host has even where the weight goes to a GPU; None without it."""
     module = load_if_present(_NIBBLES)
     return None if module is None or module.missing() else module.pack_nibbles

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
-from qjax.models import decode_layers
+from qjax.models import decode_layers, initial
 from qjax.models.decode_attention import decode_attention, plain_because
 from qjax.models.kv_cache import KVCache, LayerCache
 from qjax.models.llama_config import ACTIVATIONS, LlamaConfig
@@ -66,8 +66,10 @@ def mean_of_squares(x: jax.Array) -> jax.Array:
 class RMSNorm(nnx.Module):
     """x * (offset + weight) / sqrt(mean(x^2) + epsilon) over the last axis, in float32."""
 
-    def __init__(self, features: int, *, epsilon: float, offset: float = 0.0, param_dtype: DTypeLike) -> None:
-        self.weight = nnx.Param(jnp.full((features,), 1 - offset, param_dtype))
+    def __init__(
+        self, features: int, *, epsilon: float, offset: float = 0.0, param_dtype: DTypeLike, shape_alone: bool = False
+    ) -> None:
+        self.weight = initial.constant(features, 1 - offset, param_dtype, shape_alone=shape_alone)
         self.epsilon = epsilon
         self.offset = offset
 
@@ -79,9 +81,10 @@ class RMSNorm(nnx.Module):
         return (wide * inverse * weight).astype(x.dtype)
 
 
-def norm_of(config: LlamaConfig, features: int, param_dtype: DTypeLike) -> RMSNorm:
+def norm_of(config: LlamaConfig, features: int, param_dtype: DTypeLike, rngs: nnx.Rngs | None) -> RMSNorm:
     """A norm as the config has them."""
-    return RMSNorm(features, epsilon=config.rms_norm_eps, offset=config.norm_offset, param_dtype=param_dtype)
+    options: dict[str, Any] = dict(epsilon=config.rms_norm_eps, offset=config.norm_offset, param_dtype=param_dtype)
+    return RMSNorm(features, **options, shape_alone=rngs is None)
 
 
 class Attention(nnx.Module):
@@ -94,10 +97,10 @@ class Attention(nnx.Module):
         *,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ) -> None:
         def linear(n_in: int, n_out: int, bias: bool) -> nnx.Linear:
-            return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            return initial.linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.head_dim = config.head_dim
         self.window = config.sliding_windows[layer] if config.sliding_windows else None
@@ -108,8 +111,8 @@ class Attention(nnx.Module):
         self.v_proj = linear(config.hidden_size, kv_features, config.qkv_bias)
         self.qkv_proj: MergedLinear | None = None
         self.o_proj = linear(q_features, config.hidden_size, config.o_bias)
-        self.q_norm = norm_of(config, config.head_dim, param_dtype) if config.qk_norm else None
-        self.k_norm = norm_of(config, config.head_dim, param_dtype) if config.qk_norm else None
+        self.q_norm = norm_of(config, config.head_dim, param_dtype, rngs) if config.qk_norm else None
+        self.k_norm = norm_of(config, config.head_dim, param_dtype, rngs) if config.qk_norm else None
         self.scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         self.softcap = config.attention_softcap
 
@@ -213,11 +216,11 @@ class MLP(nnx.Module):
         *,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ) -> None:
         def linear(n_in: int, n_out: int) -> nnx.Linear:
             bias = config.mlp_bias
-            return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            return initial.linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.hidden_act = config.hidden_act
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
@@ -245,10 +248,10 @@ class DecoderLayer(nnx.Module):
         *,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ) -> None:
         def norm() -> RMSNorm:
-            return norm_of(config, config.hidden_size, param_dtype)
+            return norm_of(config, config.hidden_size, param_dtype, rngs)
 
         self.input_layernorm = norm()
         self.self_attn = Attention(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -289,20 +292,21 @@ class Llama(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ) -> None:
+        """Draws the weights; without `rngs` they are `jax.ShapeDtypeStruct`s, which somebody fills."""
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.notes: tuple[str, ...] = ()
-        self.embed_tokens = nnx.Embed(
+        self.embed_tokens = initial.embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.layers = nnx.List(
             DecoderLayer(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             for layer in range(config.num_hidden_layers)
         )
-        self.norm = norm_of(config, config.hidden_size, param_dtype)
-        head = partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = norm_of(config, config.hidden_size, param_dtype, rngs)
+        head = partial(initial.linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else head(config.hidden_size, config.vocab_size)
 

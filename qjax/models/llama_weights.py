@@ -7,7 +7,9 @@ file is the reader's business: the dense reader is here, those of quantized form
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from qjax.checkpoints.buffers import placed
+from qjax.checkpoints.ahead import ReadAhead, in_order
+from qjax.checkpoints.buffers import default_platform, placed, put, ready
 from qjax.checkpoints.files import CheckpointFiles
 from qjax.errors import CheckpointError, ShardingError
 from qjax.models.llama import Llama, RMSNorm
@@ -25,8 +28,6 @@ from qjax.models.llama_config import LlamaConfig
 from qjax.models.tensor_names import VISION, TensorNames, names_in, text_config, vision_tensors
 from qjax.progress import track
 from qjax.qtensor import QTensor
-
-AHEAD = 2  # modules that the disk is ahead of the one that is made ready: one of them may be a norm
 
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -46,8 +47,8 @@ class LayerWeights:
     """What a reader returns for a Linear or an embedding.
 
     Attributes:
-      kernel: a host array `[in, out]` (an embedding's: `[features, vocabulary]`), or a QTensor with
-        K = in and N = out, already on its devices.
+      kernel: a host array `[in, out]` (an embedding's: `[features, vocabulary]`), or a QTensor with K = in and N = out,
+        on its devices where there is a mesh; else its arrays may be the host's, or `qjax.checkpoints.buffers.Deferred`.
       bias: a host array `[out]`, or None.
     """
 
@@ -55,7 +56,7 @@ class LayerWeights:
     bias: np.ndarray | None = None
 
 
-# Takes a module's tensor name without its last part, "model.layers.0.mlp.up_proj".
+# Takes a module's tensor name without its last part, "model.layers.0.mlp.up_proj". Called by several threads.
 type Reader = Callable[[str], LayerWeights]
 
 # A module with weights of its own: (parent, attribute in it, path, module).
@@ -106,27 +107,28 @@ def load_llama(
     config = LlamaConfig.from_hf(files.config, files.json("generation_config.json"), where=where)
     dtype = jnp.dtype(config.dtype if dtype is None else dtype)
     read = dense_reader(files) if reader is None else reader
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    leaves = list(leaf_modules(model))
     names = names_in(files)
-    if vision := vision_tensors(files) if "text_config" in files.config else []:
-        model.notes = (f"{len(vision)} tensors of {vision[0].rpartition('.')[0]} and others: text alone is read",)
-        ignored = (*ignored, VISION)
-    prefixes = [names.prefix(path) for _, _, path, _ in leaves]
-    _check_names(files, set(prefixes), names, config, ignored)
+    first = names.prefix("embed_tokens")
     reads_all = mesh is None or not mesh.is_multi_process  # else this process reads a part of each tensor
-    for i, (parent, attribute, path, module) in enumerate(track(leaves, "loading")):
-        prefix = prefixes[i]
-        if reads_all and i + AHEAD < len(prefixes):
-            files.read_ahead(prefixes[i + AHEAD])
-        where = f"{files.path}: {prefix}"
-        if isinstance(module, RMSNorm):
-            weight = _floats(files, f"{prefix}.weight")
-            _check_shape(f"{where}.weight", weight.shape, module.weight.shape)
-            module.weight.set_value(_place(weight, mesh, PartitionSpec(), where))
-        else:
-            weights = _checked(read(prefix), module, where)
-            setattr(parent, attribute, _filled(module, weights, mesh, path, where))
+    with ReadAhead(files) as ahead:
+        if reads_all:
+            ahead.want([first])  # while the model is made
+        model = Llama(config, dtype=dtype, rngs=None)
+        leaves = {names.prefix(leaf[2]): leaf for leaf in leaf_modules(model)}
+        if vision := vision_tensors(files) if "text_config" in files.config else []:
+            model.notes = (f"{len(vision)} tensors of {vision[0].rpartition('.')[0]} and others: text alone is read",)
+            ignored = (*ignored, VISION)
+        _check_names(files, set(leaves), names, config, ignored)
+        if reads_all:
+            ahead.want([prefix for prefix in leaves if prefix != first])
+        platform = default_platform() if mesh is None else None
+        ready_ones = in_order(lambda prefix: _found(files, prefix, leaves[prefix][3], read, platform), leaves)
+        with closing(ready_ones) as found:
+            for prefix in track(list(leaves), "loading"):
+                parent, attribute, path, module = leaves[prefix]
+                weights = next(found)
+                ahead.taken(prefix)
+                setattr(parent, attribute, _filled(module, weights, mesh, path, f"{files.path}: {prefix}"))
     logging.info("loaded %s: %s, %d layers", files.path, config.model_type, len(model.layers))
     return model
 
@@ -186,6 +188,23 @@ def _floats(files: CheckpointFiles, name: str) -> np.ndarray:
     return array
 
 
+def _found(
+    files: CheckpointFiles, prefix: str, module: nnx.Linear | nnx.Embed | RMSNorm, read: Reader, platform: str | None
+) -> LayerWeights:
+    """What the file has for a module, in the axes of the module; for one device, of `platform`, all of it is ready."""
+    where = f"{files.path}: {prefix}"
+    if isinstance(module, RMSNorm):
+        weights = LayerWeights(_floats(files, f"{prefix}.weight"))
+        _check_shape(f"{where}.weight", weights.kernel.shape, module.weight.shape)
+    else:
+        weights = _checked(read(prefix), module, where)
+    if isinstance(module, nnx.Embed) and not isinstance(weights.kernel, QTensor):
+        weights = replace(weights, kernel=weights.kernel.T)
+    if platform is None:
+        return weights
+    return LayerWeights(*jax.tree.map(lambda array: ready(array, platform), (weights.kernel, weights.bias)))
+
+
 def _checked(weights: LayerWeights, module: nnx.Linear | nnx.Embed, where: str) -> LayerWeights:
     """The weights, if they have the shapes that the module asks for. Errors say [out, in]."""
     kernel, bias = weights.kernel, None
@@ -215,22 +234,34 @@ def _check_shape(where: str, got: tuple[int, ...], expected: tuple[int, ...]) ->
 
 
 def _filled(
-    module: nnx.Linear | nnx.Embed, weights: LayerWeights, mesh: Mesh | None, path: str, where: str
+    module: nnx.Linear | nnx.Embed | RMSNorm, weights: LayerWeights, mesh: Mesh | None, path: str, where: str
 ) -> nnx.Module:
     """The module with its weights, on their devices; a quantized one where the kernel is."""
-    spec = PartitionSpec() if mesh is None else partition_spec(path, mesh)
-    bias = None
-    if weights.bias is not None:
-        bias = _place(weights.bias, mesh, PartitionSpec(*spec[1:]), where)
-    if isinstance(weights.kernel, QTensor):
-        return _quantized_module(module, weights.kernel, bias)
-    if isinstance(module, nnx.Embed):
-        module.embedding.set_value(_place(weights.kernel.T, mesh, spec, where))
+    kernel, bias = _placed(module, weights, mesh, path, where)
+    if isinstance(kernel, QTensor):
+        assert not isinstance(module, RMSNorm)
+        return _quantized_module(module, kernel, bias)
+    if isinstance(module, RMSNorm):
+        module.weight.set_value(kernel)
+    elif isinstance(module, nnx.Embed):
+        module.embedding.set_value(kernel)
     else:
-        module.kernel.set_value(_place(weights.kernel, mesh, spec, where))
+        module.kernel.set_value(kernel)
         if module.bias is not None and bias is not None:
             module.bias.set_value(bias)
     return module
+
+
+def _placed(module: nnx.Module, weights: LayerWeights, mesh: Mesh | None, path: str, where: str) -> tuple[Any, Any]:
+    """Kernel and bias on their devices."""
+    if mesh is None:
+        return put((weights.kernel, weights.bias))
+    spec = PartitionSpec() if isinstance(module, RMSNorm) else partition_spec(path, mesh)
+    kernel, bias = weights.kernel, weights.bias
+    return (
+        kernel if isinstance(kernel, QTensor) else _place(kernel, mesh, spec, where),
+        None if bias is None else _place(bias, mesh, PartitionSpec(*spec[1:]), where),
+    )
 
 
 def _quantized_module(module: nnx.Linear | nnx.Embed, kernel: QTensor, bias: jax.Array | None) -> nnx.Module:
@@ -241,9 +272,7 @@ def _quantized_module(module: nnx.Linear | nnx.Embed, kernel: QTensor, bias: jax
     return QLinear.from_qtensor(kernel, bias=bias, dtype=module.dtype)
 
 
-def _place(array: np.ndarray, mesh: Mesh | None, spec: PartitionSpec, where: str) -> jax.Array:
-    if mesh is None:
-        return placed(array)
+def _place(array: np.ndarray, mesh: Mesh, spec: PartitionSpec, where: str) -> jax.Array:
     for size, axis in zip(array.shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ShardingError(

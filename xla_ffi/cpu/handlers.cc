@@ -14,13 +14,17 @@
 // on every machine of an architecture.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <numeric>
 #include <optional>
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -392,9 +396,21 @@ extern "C" const char* QjaxCpuInt8Instructions() {
   return names.c_str();
 }
 
-// What pack_nibbles.py calls: none in `instructions` takes the best.
-extern "C" void QjaxCpuPackNibbles(const NibbleWords* w, const char* instructions) {
-  Find(kForFloats, instructions)->pack_nibbles(*w);
+// What pack_nibbles.py calls: none in `instructions` takes the best. XLA's pool is not at hand: the threads are its own.
+extern "C" void QjaxCpuPackNibbles(const NibbleWords* w, const char* instructions, int64_t threads) {
+  const auto pack = Find(kForFloats, instructions)->pack_nibbles;
+  const int64_t tasks = (w->columns + kColumns - 1) / kColumns;
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i; (i = next.fetch_add(1)) < tasks;) pack(*w, i * kColumns);
+  };
+  std::vector<std::thread> others;
+  try {
+    while (int64_t(others.size()) + 1 < std::min(threads, tasks)) others.emplace_back(work);
+  } catch (const std::system_error&) {  // as many as the system gives
+  }
+  work();
+  for (std::thread& other : others) other.join();
 }
 
 }  // namespace qjax::cpu

@@ -5,7 +5,6 @@
 // then eight nibbles of eight of these rows, and which ones a table says: every order of a file is the same loop, that of
 // act-order too.
 
-constexpr int kColumns = 32;
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Four __attribute__((vector_size(16)));
 
@@ -54,21 +53,19 @@ QJAX_INLINE void PackWord(const uint32_t* columns, const int32_t* nibbles, int i
   std::memcpy(packed, found, sizeof found);
 }
 
-static void PackNibbles(const NibbleWords& w) {
+// Columns from `first` on, kColumns of them or those that are left.
+static void PackNibbles(const NibbleWords& w, int64_t first) {
   const Buffer<uint32_t> columns = New<uint32_t>(w.rows * kColumns);
   uint32_t packed[16][kColumns];
-  const int64_t stride = w.of_a_column * w.out_stride;
-  for (int64_t first = 0; first < w.columns; first += kColumns) {
-    const int64_t count = std::min<int64_t>(kColumns, w.columns - first);
-    Gather(w, first, count, columns.get());
-    for (int64_t turn = 0; turn < w.of_a_column * w.blocks; ++turn) {
-      for (int i = 0; i < 16; ++i) PackWord(columns.get(), w.nibbles + turn * kBlock, i, packed[i]);
-      uint32_t* out = w.out + first * stride + turn / w.blocks * w.out_stride + turn % w.blocks * 16;
-      int64_t column = 0;
-      for (; column + 4 <= count; column += 4)
-        for (int i = 0; i < 16; i += 4) Turn(&packed[i][column], kColumns, out + column * stride + i, stride);
-      for (; column < count; ++column)
-        for (int i = 0; i < 16; ++i) out[column * stride + i] = packed[i][column];
-    }
+  const int64_t stride = w.of_a_column * w.out_stride, count = std::min<int64_t>(kColumns, w.columns - first);
+  Gather(w, first, count, columns.get());
+  for (int64_t turn = 0; turn < w.of_a_column * w.blocks; ++turn) {
+    for (int i = 0; i < 16; ++i) PackWord(columns.get(), w.nibbles + turn * kBlock, i, packed[i]);
+    uint32_t* out = w.out + first * stride + turn / w.blocks * w.out_stride + turn % w.blocks * 16;
+    int64_t column = 0;
+    for (; column + 4 <= count; column += 4)
+      for (int i = 0; i < 16; i += 4) Turn(&packed[i][column], kColumns, out + column * stride + i, stride);
+    for (; column < count; ++column)
+      for (int i = 0; i < 16; ++i) out[column * stride + i] = packed[i][column];
   }
 }

@@ -1,6 +1,6 @@
 """Codes of 4 bits in the words of a file -> words in the packed order, on the host: no product, and XLA is not asked.
 
-Called through ctypes, which lets go of Python's lock: threads of the caller's may share the work.
+Called through ctypes, which lets go of Python's lock while the library's threads share the columns.
 """
 
 import ctypes
@@ -28,7 +28,9 @@ def missing() -> str | None:
     return library.missing()
 
 
-def pack_nibbles(words: np.ndarray, nibbles: np.ndarray, out: np.ndarray, instructions: str = "") -> None:
+def pack_nibbles(
+    words: np.ndarray, nibbles: np.ndarray, out: np.ndarray, instructions: str = "", *, threads: int = 1
+) -> None:
     """Row `r*V + v` of the result has, at place k, nibble `nibbles[v, k] % 8` of word `nibbles[v, k] // 8` of column r.
 
     Args:
@@ -36,6 +38,7 @@ def pack_nibbles(words: np.ndarray, nibbles: np.ndarray, out: np.ndarray, instru
       nibbles: int32 `[V, K]`, C-contiguous, 0 to `8*W - 1`; K whole blocks of 128.
       out: uint32 `[R*V, K/128, 16]` to fill; the words of a row are neighbours.
       instructions: one of `library.instructions()`; empty takes the first.
+      threads: that share the work, the caller's among them.
 
     Raises:
       RuntimeError: the library of handlers is not built, or does not load.
@@ -49,4 +52,4 @@ def pack_nibbles(words: np.ndarray, nibbles: np.ndarray, out: np.ndarray, instru
         words.ctypes.data, rows, columns, row_stride, column_stride, nibbles.ctypes.data, of_a_column, k // 128,
         out.ctypes.data, out_stride,
     )  # fmt: skip
-    library.loaded().QjaxCpuPackNibbles(ctypes.byref(given), instructions.encode())
+    library.loaded().QjaxCpuPackNibbles(ctypes.byref(given), instructions.encode(), ctypes.c_int64(threads))

@@ -71,6 +71,8 @@ struct Rows {
   Buffer<float> sums;           // [m, groups]: of x along k over each group; where there are zero points
 };
 
+constexpr int kColumns = 32;  // of words, that are packed at a time
+
 // Codes of 4 bits in words that are not in the packed order, and where they go.
 struct NibbleWords {
   const uint32_t* words;  // [rows, columns]
@@ -88,7 +90,7 @@ struct Instructions {
   void (*prepare)(const Product& p, int64_t m0, Rows& rows, int64_t i);
   // y[m0 : m0 + rows.m, first : end].
   void (*multiply)(const Product& p, int64_t m0, const Rows& rows, int64_t first, int64_t end);
-  void (*pack_nibbles)(const NibbleWords& w);  // where x is floats
+  void (*pack_nibbles)(const NibbleWords& w, int64_t first);  // kColumns columns from `first`; where x is floats
 };
 
 }  // namespace qjax::cpu

@@ -20,7 +20,7 @@ from qjax.checkpoints import CheckpointFiles, write_folder
 from qjax.checkpoints.load import load
 from qjax.checkpoints.save import save
 from qjax.errors import CheckpointError, ShardingError
-from qjax.models import LayerWeights, dense_reader, load_llama
+from qjax.models import LayerWeights, Llama, LlamaConfig, dense_reader, load_llama
 from qjax.nnx import QEmbed, QLinear
 from qjax.quantize import quantize_array
 from qjax.schemes import W8A16
@@ -108,29 +108,24 @@ class LoadTest(parameterized.TestCase):
         single = nnx.state(load_llama(self.files()))
         jax.tree.map(np.testing.assert_array_equal, sharded, single)
 
-    @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to read ahead")
-    def test_the_disk_is_asked_for_each_module_but_the_first_two_before_it_is_read(self):
-        events = []
+    def test_without_a_source_of_keys_weights_are_the_shapes_of_those_that_would_be_drawn(self):
+        config = LlamaConfig.from_hf(CONFIG | {"attention_bias": True}, None, where="config.json")
+        drawn = nnx.eval_shape(lambda: Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.float16, rngs=nnx.Rngs(0)))
+        shapes = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.float16, rngs=None)
+        self.assertEqual(nnx.to_pure_dict(nnx.state(shapes)), nnx.to_pure_dict(nnx.state(drawn)))
+
+    def test_of_two_errors_the_first_module_s_is_raised(self):
+        for name in ("q_proj", "k_proj"):
+            self.tensors[f"{ATTENTION}.{name}.weight"] = np.zeros((1, 1), np.float16)
+        with self.assertRaisesRegex(CheckpointError, "k_proj.weight: shape"):
+            load_llama(self.files())
+
+    def test_weights_go_to_the_device_in_context(self):
         files = self.files()
-        spans = {name: (entry.start, entry.stop - entry.start) for name, entry in files.entries.items()}
-        advise, get = os.posix_fadvise, CheckpointFiles.__getitem__
-
-        def recorded(descriptor: int, start: int, size: int, advice: int) -> None:
-            events.append(("ahead", (start, size)))
-            advise(descriptor, start, size, advice)
-
-        def read(files: CheckpointFiles, name: str) -> np.ndarray:
-            events.append(("read", spans[name]))
-            return get(files, name)
-
-        with mock.patch.object(os, "posix_fadvise", recorded), mock.patch.object(CheckpointFiles, "__getitem__", read):
-            load_llama(files)
-        asked = [span for what, span in events if what == "ahead"]
-        unasked = {name.rpartition(".")[0] for name, span in spans.items() if span not in asked}
-        self.assertEqual(len(unasked), 2, unasked)
-        self.assertEqual(len(asked), len(set(asked)))
-        for span in asked:
-            self.assertLess(events.index(("ahead", span)), events.index(("read", span)))
+        with jax.default_device(jax.devices()[1]):
+            model = load_llama(files)
+        devices = {device for leaf in jax.tree.leaves(nnx.state(model)) for device in leaf.devices()}
+        self.assertEqual(devices, {jax.devices()[1]})
 
     def test_where_the_system_cannot_be_asked_to_read_ahead_the_model_is_the_same(self):
         files = self.files()

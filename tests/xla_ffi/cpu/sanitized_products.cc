@@ -112,8 +112,9 @@ bool PacksAlike(int64_t columns, int64_t of_a_column, bool turned) {
     if (!set.available()) continue;
     Owned out(ffi::U32, 4, {columns * of_a_column, blocks, 16});
     auto* packed = static_cast<uint32_t*>(out.data);
-    set.pack_nibbles({static_cast<uint32_t*>(words.data), rows, columns, turned ? 1 : columns, turned ? rows : 1,
-                      static_cast<int32_t*>(nibbles.data), of_a_column, blocks, packed, blocks * 16});
+    const NibbleWords given{static_cast<uint32_t*>(words.data), rows, columns, turned ? 1 : columns, turned ? rows : 1,
+                            static_cast<int32_t*>(nibbles.data), of_a_column, blocks, packed, blocks * 16};
+    QjaxCpuPackNibbles(&given, set.name, 3);
     const std::vector<uint32_t> got(packed, packed + out.size / 4);
     if (first.empty()) first = got;
     if (got != first) return false;
