@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     k, count = args.size, args.windows // BATCH
+    if count < 1:
+        parser.error(f"--windows {args.windows}: expected at least {BATCH}, which are measured at a time")
     weight = jax.random.normal(jax.random.key(-1), (k, k)) * 0.02
     out = ROOT / "benchmarks" / "results" / file_name(f"gptq-{devices.current().name}")
     rows: list[dict[str, Any]] = []

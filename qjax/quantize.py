@@ -187,7 +187,10 @@ def check_kernel(where: str, w: Any, scheme: Scheme, partial_groups: bool, piece
     if block_k and pieces > 1 and (k // pieces) % block_k:
         raise QuantizeError(f"{where}: a piece of K={k // pieces} cuts groups of {block_k} (k_pieces={pieces})")
     if scheme.hadamard and k % scheme.hadamard:
-        raise QuantizeError(f"{where}: hadamard_size={scheme.hadamard} does not divide K={k}")
+        largest = k & -k
+        raise QuantizeError(
+            f"{where}: hadamard_size={scheme.hadamard} does not divide K={k}; powers of two up to {largest} do"
+        )
     # Blocks over rows and columns may be short at the edge, as in every FP8 block checkpoint.
     if block_k and k % block_k and block_n == 1 and not partial_groups:
         fits = [str(g) for g in (16, 32, 64, 128, 256) if k % g == 0]

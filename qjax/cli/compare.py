@@ -10,14 +10,14 @@ from qjax.cli.opening import (
     WINDOW,
     add_backend_and_dtype,
     backend_of,
+    count,
     kernel_bytes,
     open_model,
-    read_text,
+    open_tokenizer,
+    read_tokens,
     scheme_names,
 )
 from qjax.cli.tables import show
-from qjax.errors import QJaxError
-from qjax.models.tokenizer import load_tokenizer
 from qjax.quality.compare import compare
 from qjax.quality.comparison import LAYER_COLUMNS, Comparison
 from qjax.quality.page import page
@@ -40,21 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend_and_dtype(parser)
     parser.add_argument("--tokenizer", metavar="DIR", help="a folder with tokenizer.json; default: BASE")
     parser.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text, tokenised without special tokens")
-    parser.add_argument("--windows", type=int, metavar="N", help=f"only the first N windows of {WINDOW} tokens")
+    parser.add_argument("--windows", type=count, metavar="N", help=f"only the first N windows of {WINDOW} tokens")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots that opens offline")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures, prints, and writes what was asked for."""
-    ids = load_tokenizer(args.tokenizer or args.base).encode(read_text(args.text), add_special_tokens=False)
-    if not ids:
-        raise QJaxError(f"{args.text}: the text is empty; expected at least one window of {WINDOW} tokens")
+    ids = read_tokens(open_tokenizer(args.base, args.tokenizer), args.text)
     for file in filter(None, (args.json, args.html)):
         file.parent.mkdir(parents=True, exist_ok=True)
     with backend_of(args):
         base, model = (open_model(folder, args.dtype) for folder in (args.base, args.folder))
-        batch = min(BATCH, max(args.windows or BATCH, 1))
+        batch = min(BATCH, args.windows or BATCH)
         found = compare(base, model, ids, window=WINDOW, max_windows=args.windows, batch_size=batch)
     facts = {
         name: {"folder": folder, "scheme": scheme_names(one), "bytes": kernel_bytes(one)}

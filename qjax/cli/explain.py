@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 
 import qjax
-from qjax.cli.opening import SCHEME_HELP, open_model
+from qjax.cli.opening import SCHEME_HELP, count, open_model
 from qjax.cli.tables import show
 from qjax.dispatch.explain import COLUMNS, Row
 from qjax.explain import explain
@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """DIR, and the circumstances to explain it under."""
     parser.add_argument("folder", metavar="DIR", help="a checkpoint folder: config.json and safetensors")
     parser.add_argument("--scheme", help=f"as if it were quantized so; {SCHEME_HELP}")
-    parser.add_argument("--rows", type=int, default=1, metavar="M", help="rows of x; 1 (default) is a token at a time")
+    parser.add_argument(
+        "--rows", type=count, default=1, metavar="M", help="rows of x; 1 (default) is a token at a time"
+    )
     parser.add_argument("--device", help="a device of `qjax devices`; default: this machine's")
     parser.add_argument("--backend", help="as if these kernels were asked for")
 

@@ -3,11 +3,11 @@
 import argparse
 import sys
 
-from qjax.cli.opening import add_model, add_tokenizer, backend_of, open_model
+from qjax.cli.opening import add_model, add_tokenizer, backend_of, open_model, open_tokenizer
 from qjax.models.generate import generate
 from qjax.models.kv_cache import CODED
 from qjax.models.prefill import CHOICES
-from qjax.models.tokenizer import Tokenizer, load_tokenizer
+from qjax.models.tokenizer import Tokenizer
 
 HELP = "continue a prompt, streaming the text"
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Streams the continuation, without the prompt."""
-    tokenizer = load_tokenizer(args.tokenizer or args.folder)
+    tokenizer = open_tokenizer(args.folder, args.tokenizer)
     prompt = tokenizer.encode(args.prompt)
     with backend_of(args):
         model = open_model(args.folder, args.dtype)

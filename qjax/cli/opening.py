@@ -10,10 +10,12 @@ import numpy as np
 
 import qjax
 from qjax.calibration import windows
+from qjax.checkpoints import detect
+from qjax.checkpoints.hub import local_folder
 from qjax.checkpoints.load import load
 from qjax.errors import QJaxError
 from qjax.explain import layers
-from qjax.models.tokenizer import load_tokenizer
+from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.qtensor import is_qtensor
 
 if TYPE_CHECKING:
@@ -62,14 +64,42 @@ def read_text(file: str) -> str:
         raise QJaxError(f"{file}: not UTF-8 text at byte {error.start}") from error
 
 
-def read_windows(folder: str, file: str, count: int) -> list[np.ndarray]:
-    """The first windows of a text in a model's tokens, in batches as calibration takes them.
+def count(text: str) -> int:
+    """An argument that counts something.
 
     Raises:
-      CalibrationError: a text of less than one window.
+      argparse.ArgumentTypeError: not an integer, or below 1.
     """
-    ids = load_tokenizer(folder).encode(read_text(file), add_special_tokens=False)
-    return windows(ids, window=WINDOW, count=count)
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer, at least 1")
+    return int(text)
+
+
+def open_tokenizer(folder: str, other: str | None = None) -> Tokenizer:
+    """The tokenizer in the folder `other`, by default in the model's own, which has to be one that can be read.
+
+    Raises:
+      CheckpointError: what is wrong with the model's folder, or with the tokenizer.
+    """
+    detect.opened(local_folder(folder))
+    return load_tokenizer(folder if other is None else other)
+
+
+def read_tokens(tokenizer: Tokenizer, file: str) -> list[int]:
+    """A text as tokens, none of them special.
+
+    Raises:
+      QJaxError: there is no such text, or it is shorter than a window.
+    """
+    ids = tokenizer.encode(read_text(file), add_special_tokens=False)
+    if len(ids) < WINDOW:
+        raise QJaxError(f"{file}: the text has {len(ids)} tokens; expected at least one window of {WINDOW} tokens")
+    return ids
+
+
+def read_windows(folder: str, file: str, count: int) -> list[np.ndarray]:
+    """The first windows of a text in a model's tokens, in batches as calibration takes them."""
+    return windows(read_tokens(open_tokenizer(folder), file), window=WINDOW, count=count)
 
 
 @contextmanager

@@ -11,15 +11,16 @@ from qjax.cli.opening import (
     add_model,
     add_tokenizer,
     backend_of,
+    count,
     kernel_bytes,
     open_model,
+    open_tokenizer,
     quantizes_activations,
-    read_text,
+    read_tokens,
     scheme_names,
 )
 from qjax.cli.tables import show
 from qjax.models.perplexity import perplexity
-from qjax.models.tokenizer import load_tokenizer
 
 HELP = "measure perplexity on a text, and the distance to a base model"
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_tokenizer(parser)
     parser.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text, tokenised without special tokens")
-    parser.add_argument("--windows", type=int, metavar="N", help=f"only the first N windows of {WINDOW} tokens")
+    parser.add_argument("--windows", type=count, metavar="N", help=f"only the first N windows of {WINDOW} tokens")
     parser.add_argument("--scheme", help=f"quantize on the fly and compare with DIR as it is; {SCHEME_HELP}")
     parser.add_argument("--base", metavar="DIR", help="compare with the model in this folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -39,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures and prints."""
-    ids = load_tokenizer(args.tokenizer or args.folder).encode(read_text(args.text), add_special_tokens=False)
-    batch = min(BATCH, max(args.windows or BATCH, 1))
+    ids = read_tokens(open_tokenizer(args.folder, args.tokenizer), args.text)
+    batch = min(BATCH, args.windows or BATCH)
     measure = partial(perplexity, token_ids=ids, window=WINDOW, max_windows=args.windows, batch_size=batch)
     rounded: dict[str, Any] = {}
     with backend_of(args):

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import qjax
 from qjax.calibration import RECIPES, Nearest, Recipe, parse_recipe
-from qjax.calibration.act_scale import as_act_scale
+from qjax.calibration.act_scale import ActScale, as_act_scale
 from qjax.checkpoints.load import load
 from qjax.checkpoints.save import save
 from qjax.checkpoints.write import check_target
-from qjax.cli.opening import SCHEME_HELP, WINDOW, kernel_bytes, read_text, read_windows, scheme_names
+from qjax.cli.opening import SCHEME_HELP, WINDOW, count, kernel_bytes, read_text, read_windows, scheme_names
 from qjax.cli.tables import show
 from qjax.errors import CalibrationError, RuleError
 from qjax.explain import layers
 from qjax.qtensor import is_qtensor
 from qjax.rules import EVERYTHING, Rule, parse_rules
+from qjax.schemes import Scheme
 
 HELP = "quantize a model, to nearest or by calibration, and write it as a folder that the other commands read"
 
@@ -39,14 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", metavar="FILE", help="UTF-8 text that --recipe looks at layers' inputs on")
     parser.add_argument(
         "--windows",
-        type=int,
+        type=count,
         default=128,
         metavar="N",
         help=f"the first N windows of {WINDOW} tokens of it (default 128)",
     )
     parser.add_argument(
         "--act-scale",
-        default="max",
         metavar="HOW",
         help="of schemes with static scales of x, from --calibrate: max (default), mse or a percentile such as 99.99",
     )
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
     rules = _rules(args)
     recipe = _recipe(args, rules)
-    act_scale = as_act_scale(args.act_scale if args.act_scale in ("max", "mse") else _number(args.act_scale))
+    act_scale = _act_scale(args.act_scale, rules)
     out = Path(args.out)
     check_target(out, source=args.folder, overwrite=args.overwrite)  # before the work, too
     start = time.perf_counter()
@@ -101,7 +101,7 @@ def _rules(args: argparse.Namespace) -> tuple[Rule, ...]:
 
 def _recipe(args: argparse.Namespace, rules: Sequence[Rule]) -> Recipe | None:
     """None is to nearest, without a look at data."""
-    static = next((rule.scheme for rule in rules if rule.scheme is not None and rule.scheme.is_static), None)
+    static = _static(rules)
     if args.recipe is None and args.calibrate is not None and static is None:
         raise CalibrationError(f"--calibrate {args.calibrate}: give --recipe R, one of {', '.join(RECIPES)}")
     recipe = None if args.recipe is None else parse_recipe(args.recipe)
@@ -113,11 +113,25 @@ def _recipe(args: argparse.Namespace, rules: Sequence[Rule]) -> Recipe | None:
     return Nearest() if recipe is None and static is not None else recipe
 
 
-def _number(text: str) -> float:
+def _static(rules: Sequence[Rule]) -> Scheme | None:
+    """The first scheme that has static scales of x."""
+    return next((rule.scheme for rule in rules if rule.scheme is not None and rule.scheme.is_static), None)
+
+
+def _act_scale(text: str | None, rules: Sequence[Rule]) -> ActScale:
+    if text is None:
+        return "max"
     try:
-        return float(text)
+        found = as_act_scale(text if text in ("max", "mse") else float(text))
     except ValueError:
-        raise CalibrationError(f"--act-scale {text}: neither max, mse nor a percentile") from None
+        raise CalibrationError(
+            f"--act-scale {text}: neither max, mse nor a percentile, above 0 and up to 100"
+        ) from None
+    if _static(rules) is None:
+        raise CalibrationError(
+            f"--act-scale {text}: no scheme here has static scales of x, as w8a8_int8:mode=static has"
+        )
+    return found
 
 
 def _file_rules(file: str | None) -> tuple[Rule, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from qjax.budget.mixture import Mixture
 from qjax.budget.search import CANDIDATES, search
 from qjax.calibration import RECIPES
-from qjax.cli.opening import SCHEME_HELP, WINDOW, open_model, read_windows
+from qjax.cli.opening import SCHEME_HELP, WINDOW, count, open_model, read_windows
 from qjax.cli.tables import show
 
 HELP = "find the scheme of each layer that loses least within a budget"
@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--budget-bytes", type=int, metavar="N", help="bytes of the layers' kernels together")
     parser.add_argument("--calibrate", metavar="FILE", required=True, help="UTF-8 text to measure layers on")
     parser.add_argument(
-        "--windows", type=int, default=8, metavar="N", help=f"the first N windows of {WINDOW} tokens of it (default 8)"
+        "--windows",
+        type=count,
+        default=8,
+        metavar="N",
+        help=f"the first N windows of {WINDOW} tokens of it (default 8)",
     )
     parser.add_argument(
         "--candidates",

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
+from qjax.errors import QJaxError
 from qjax.models import decode_layers, initial
 from qjax.models.decode_attention import decode_attention, plain_because
 from qjax.models.kv_cache import KVCache, LayerCache
@@ -339,6 +340,8 @@ class Llama(nnx.Module):
         positions: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """All but the head: `[B, S, hidden]` after the last norm, and the cache after."""
+        if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+            raise QJaxError(f"input_ids: expected integers [B, S], got {input_ids.dtype} {list(input_ids.shape)}")
         if positions is None:
             start = 0 if cache is None else cache.lengths[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(input_ids.shape[1]), input_ids.shape)

@@ -41,7 +41,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     import tokenizers
 
-    file = local_folder(path) / FILE
+    folder = local_folder(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder}: {what}; expected a folder with a {FILE}")
+    file = folder / FILE
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; a tokenizer is read from a folder's {FILE}")
     try:

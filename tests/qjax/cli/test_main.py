@@ -71,7 +71,7 @@ ERRORS: list[tuple[list[str], str]] = [
     (["quantize", "{pylm}", "{tmp}/out", "--scheme", "w4a16", "--calibrate", "{pylm}/calib.txt"], "give --recipe R"),
     (
         [*"quantize {pylm} {tmp}/out --scheme w4a16 --recipe gptq --calibrate {pylm}/generation_config.json".split()],
-        "calibration takes windows of 512",
+        "generation_config.json: the text has ",
     ),
     ([*"quantize {pylm} {tmp}/out --scheme w8a8_int8:mode=static".split()], "give --calibrate FILE"),
     (
@@ -81,6 +81,10 @@ ERRORS: list[tuple[list[str], str]] = [
     (
         [*"quantize {pylm} {tmp}/out --scheme w4a16 --act-scale most".split()],
         "--act-scale most: neither max, mse nor a percentile",
+    ),
+    (
+        [*"quantize {pylm} {tmp}/out --scheme w4a16 --act-scale mse".split()],
+        "--act-scale mse: no scheme here has static scales of x",
     ),
     (["search", "{pylm}", "--calibrate", "{pylm}/calib.txt"], "one of the arguments --budget-bits --budget-bytes"),
     (["search", "{pylm}", "--calibrate", "{tmp}/none", "--budget-bits", "4"], "No such file"),
@@ -93,13 +97,29 @@ ERRORS: list[tuple[list[str], str]] = [
         "none: No such file or directory; expected a file of UTF-8 text",
     ),
     (["perplexity", "{pylm}", "--text", "{pylm}/config.json", "--tokenizer", "{tmp}"], "tokenizer.json: no such file"),
-    (["perplexity", "{pylm}", "--text", "{pylm}/generation_config.json"], "expected at least one window"),
+    (["generate", "{pylm}", "--prompt", "x", "--tokenizer", "{tmp}/none"], "none: does not exist; expected a folder"),
+    (["generate", "{pylm}/config.json", "--prompt", "x"], "config.json: is a file; expected a local checkpoint folder"),
+    (["perplexity", "{tmp}", "--text", "{pylm}/eval.txt"], "the folder is empty; expected config.json"),
+    (["compare", "{tmp}/none", "{pylm}", "--text", "{pylm}/eval.txt"], "none: does not exist; expected a local"),
+    (
+        ["search", "{tmp}/none", "--calibrate", "{pylm}/calib.txt", "--budget-bits", "4"],
+        "none: does not exist; expected",
+    ),
+    (
+        ["perplexity", "{pylm}", "--text", "{pylm}/generation_config.json"],
+        "tokens; expected at least one window of 512",
+    ),
+    (["perplexity", "{pylm}", "--text", "/dev/null"], "/dev/null: the text has 0 tokens; expected"),
     (["perplexity", "{pylm}", "--text", "{pylm}/reference_logits.npz"], "not UTF-8 text at byte"),
-    (["perplexity", "{pylm}", "--text", "{pylm}/eval.txt", "--windows", "0"], "max_windows=0"),
+    (
+        ["perplexity", "{pylm}", "--text", "{pylm}/eval.txt", "--windows", "0"],
+        "--windows: '0'; expected an integer, at least 1",
+    ),
+    (["explain", "{pylm}", "--rows", "-1"], "--rows: '-1'; expected an integer, at least 1"),
     (["compare", "{pylm}", "{pylm}"], "arguments are required: --text"),
     (["compare", "{pylm}", "{pylm}", "--text", "{tmp}/none"], "none: No such file or directory; expected a file"),
     (["compare", "{pylm}", "{tmp}", "--text", "{pylm}/eval.txt", "--windows", "1"], "config.json"),
-    (["compare", "{pylm}", "{pylm}", "--text", "/dev/null"], "the text is empty; expected at least one window of 512"),
+    (["compare", "{pylm}", "{pylm}", "--text", "/dev/null"], "/dev/null: the text has 0 tokens; expected"),
     (["compare", "{pylm}", "{pylm}", "--text", "{pylm}/generation_config.json"], "expected at least one window"),
     (["generate", "{pylm}", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
     (["generate", "{pylm}", "--prompt", "x", "--max-new-tokens", "4096"], "exceed the model's 2048 positions"),

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qjax
 from qjax.checkpoints import CheckpointFiles
+from qjax.errors import QJaxError
 from qjax.models import Llama, load_llama
 from qjax.models.kv_cache import CODED
 from qjax.models.llama import RMSNorm, attend, causal_mask
@@ -97,6 +98,12 @@ def test_a_cache_is_a_pytree_that_can_be_donated(small):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     np.testing.assert_array_equal(after.lengths, [1, 1])
     assert after.capacity == 4
+
+
+@pytest.mark.parametrize("ids", [jnp.zeros((1, 4)), jnp.zeros(4, jnp.int32)], ids=["floats", "one axis"])
+def test_ids_of_another_kind_are_refused(small, ids):
+    with pytest.raises(QJaxError, match=rf"input_ids: expected integers \[B, S\], got {ids.dtype} "):
+        small(ids)
 
 
 def test_rms_norm_squares_in_float32():
