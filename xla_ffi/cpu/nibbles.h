@@ -8,15 +8,22 @@
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Four __attribute__((vector_size(16)));
 
+// Four elements of two vectors of four. Of a vector that is written out by its elements g++ makes scalars.
+#if !defined(QJAX_SHUFFLE) && defined(__clang__)
+#define QJAX_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#elif !defined(QJAX_SHUFFLE)
+#define QJAX_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
+#endif
+
 // Four rows of four words -> their transpose.
 QJAX_INLINE void Turn(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
   Four a, b, c, d;
   std::memcpy(&a, from, 16), std::memcpy(&b, from + from_stride, 16);
   std::memcpy(&c, from + 2 * from_stride, 16), std::memcpy(&d, from + 3 * from_stride, 16);
-  const Four low1{a[0], b[0], a[1], b[1]}, low2{c[0], d[0], c[1], d[1]};
-  const Four high1{a[2], b[2], a[3], b[3]}, high2{c[2], d[2], c[3], d[3]};
-  a = Four{low1[0], low1[1], low2[0], low2[1]}, b = Four{low1[2], low1[3], low2[2], low2[3]};
-  c = Four{high1[0], high1[1], high2[0], high2[1]}, d = Four{high1[2], high1[3], high2[2], high2[3]};
+  const Four low1 = QJAX_SHUFFLE(a, b, 0, 4, 1, 5), low2 = QJAX_SHUFFLE(c, d, 0, 4, 1, 5);
+  const Four high1 = QJAX_SHUFFLE(a, b, 2, 6, 3, 7), high2 = QJAX_SHUFFLE(c, d, 2, 6, 3, 7);
+  a = QJAX_SHUFFLE(low1, low2, 0, 1, 4, 5), b = QJAX_SHUFFLE(low1, low2, 2, 3, 6, 7);
+  c = QJAX_SHUFFLE(high1, high2, 0, 1, 4, 5), d = QJAX_SHUFFLE(high1, high2, 2, 3, 6, 7);
   std::memcpy(to, &a, 16), std::memcpy(to + to_stride, &b, 16);
   std::memcpy(to + 2 * to_stride, &c, 16), std::memcpy(to + 3 * to_stride, &d, 16);
 }
@@ -59,9 +66,12 @@ static void PackNibbles(const NibbleWords& w, int64_t first) {
   uint32_t packed[16][kColumns];
   const int64_t stride = w.of_a_column * w.out_stride, count = std::min<int64_t>(kColumns, w.columns - first);
   Gather(w, first, count, columns.get());
-  for (int64_t turn = 0; turn < w.of_a_column * w.blocks; ++turn) {
-    for (int i = 0; i < 16; ++i) PackWord(columns.get(), w.nibbles + turn * kBlock, i, packed[i]);
-    uint32_t* out = w.out + first * stride + turn / w.blocks * w.out_stride + turn % w.blocks * 16;
+  // Block by block: the rows of a column in which one is found are in the cache for all results of the column.
+  for (int64_t turn = 0; turn < w.blocks * w.of_a_column; ++turn) {
+    const int64_t block = turn / w.of_a_column, row = turn % w.of_a_column;
+    const int32_t* nibbles = w.nibbles + (row * w.blocks + block) * kBlock;
+    for (int i = 0; i < 16; ++i) PackWord(columns.get(), nibbles, i, packed[i]);
+    uint32_t* out = w.out + first * stride + row * w.out_stride + block * 16;
     int64_t column = 0;
     for (; column + 4 <= count; column += 4)
       for (int i = 0; i < 16; i += 4) Turn(&packed[i][column], kColumns, out + column * stride + i, stride);
