@@ -23,6 +23,7 @@
 #include <string_view>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -308,17 +309,7 @@ void Advance(Product& p, const Operands& o, int64_t batch) {
 
 void Run(const Product& p, const Instructions& set, ffi::ThreadPool& pool) {
   for (int64_t m0 = 0; m0 < p.m; m0 += kRowsAtOnce) {
-    Rows rows;
-    rows.m = std::min(kRowsAtOnce, p.m - m0);
-    rows.stride = (p.depth() + kBlock - 1) / kBlock * kBlock + kPadding;
-    if (p.x.type == Number::kInt8) {
-      rows.codes = New<int8_t>(rows.m * rows.stride);
-      rows.corrections = New<int32_t>(rows.m * p.blocks * 16);
-      rows.whole_corrections = New<int32_t>(rows.m);
-    } else {
-      rows.values = New<float>(rows.m * rows.stride);
-    }
-    rows.sums = New<float>(p.zero.data != nullptr && !p.transposed ? rows.m * p.groups : 0);
+    Rows rows(p, std::min(kRowsAtOnce, p.m - m0));
     auto prepare = [&](int64_t i) { set.prepare(p, m0, rows, i); };
     if (rows.m * p.depth() < kWorkOfATask) {
       for (int64_t i = 0; i < rows.m; ++i) prepare(i);

@@ -8,12 +8,10 @@
 // decoding needs no shuffles. A group of 32 k is then a lane of every four, of 16 k one of (s, j). Codes of a byte keep
 // their order: step p is k = 16p + lane. Narrower vectors take the sixteen lanes in parts.
 //
-// Few rows of x: codes go from registers into the sums (`MultiplyRow`); a block's sum is scaled once where one scale or
-// four hold for it. Zero points cost a product over groups: - zero * scale * (sum of x over the group). More rows: a
-// panel of 16 rows of the weight by 512 k is dequantized into the cache and multiplied by all rows of x in tiles of
-// registers. Every element of y is one chain of additions whose order depends on K alone.
+// Few rows of x: codes go from registers into the sums (kernels_few.h). More rows: a panel of 16 rows of the weight by
+// 512 k is dequantized into the cache and multiplied by all rows of x in tiles of registers. Every element of y is one
+// chain of additions whose order depends on K and M alone.
 
-constexpr int kFewRows = 2;
 constexpr int kTileM = 4;
 constexpr int kPanelRows = 16;
 constexpr int kPanelBlocks = 4;
@@ -71,6 +69,8 @@ struct PackedTable {
   template <int kP> QJAX_INLINE F Value(Words w) const { return Lookup16<kP>(table, w); }
 };
 
+using PackedInt4 = std::conditional_t<kTableIsFastest, PackedTable, PackedInt<4>>;
+
 struct Bytes {
   static constexpr int kBytes = 128;
   static constexpr bool kPacked = false;
@@ -105,31 +105,37 @@ struct ByteTable : Bytes {
 };
 
 // Where in a block of x stands what meets code `i` of the kernels' order.
-static constexpr int PackedPosition(int i) {
-  const int p = i / 16, c = i % 16 / 4, j = i % 4;
-  return 32 * j + 16 * (p >> 1 & 1) + 8 * (p & 1) + 2 * c + (p >> 2);
+constexpr std::array<int32_t, kBlock> MakePackedPositions() {
+  std::array<int32_t, kBlock> positions{};
+  for (int i = 0; i < kBlock; ++i) {
+    const int p = i / 16, c = i % 16 / 4, j = i % 4;
+    positions[i] = 32 * j + 16 * (p >> 1 & 1) + 8 * (p & 1) + 2 * c + (p >> 2);
+  }
+  return positions;
 }
+constexpr std::array<int32_t, kBlock> kPackedPositions = MakePackedPositions();
 
 // Row m0 + i of x in float32; along K in the kernels' order, and with its sums over groups.
 static void Prepare(const Product& p, int64_t m0, Rows& rows, int64_t i) {
   float* out = rows.values.get() + i * rows.stride;
-  if (p.transposed) return ToFloats(p.x, (m0 + i) * p.n, p.n, out);
+  const int64_t from = (m0 + i) * p.depth();
+  if (p.transposed) return ToFloats(p.x, from, p.n, out);
   const bool packed = IsPacked(p.codes_type);
-  Buffer<float> straight = packed ? New<float>(rows.stride) : nullptr;
-  float* row = packed ? straight.get() : out;
-  ToFloats(p.x, (m0 + i) * p.k, p.k, row);
-  std::memset(row + p.k, 0, (rows.stride - p.k) * sizeof(float));
-  if (p.zero.data != nullptr) {
-    float* sums = rows.sums.get() + i * p.groups;
-    for (int64_t g = 0; g < p.groups; ++g) {
-      float sum = 0;
-      for (int64_t k = g * p.group; k < std::min(p.k, (g + 1) * p.group); ++k) sum += row[k];
-      sums[g] = sum;
+  float* sums = p.zero.data == nullptr ? nullptr : rows.sums.get() + i * p.groups;
+  if (sums != nullptr) std::memset(sums, 0, p.groups * sizeof(float));
+  for (int64_t k = 0; k < p.k; k += kBlock, out += rows.block_stride) {
+    const int64_t count = std::min(kBlock, p.k - k);
+    float straight[kBlock];
+    float* block = packed ? straight : out;
+    ToFloats(p.x, from + k, count, block);
+    std::memset(block + count, 0, (kBlock - count) * sizeof(float));
+    for (int64_t at = 0; sums != nullptr && at < count; at += 16) {  // groups are multiples of it
+      F sum = Load(block + at);
+      for (int part = 1; part < kParts; ++part) sum = Add(sum, Load(block + at + part * kLanes));
+      sums[(k + at) / p.group] += Sum(sum);
     }
+    for (int64_t at = 0; packed && at < kBlock; at += kLanes) Store(out + at, Gather(straight, &kPackedPositions[at]));
   }
-  if (!packed) return;
-  for (int64_t b = 0; b < p.blocks * kBlock; b += kBlock)
-    for (int q = 0; q < kBlock; ++q) out[b + q] = row[b + PackedPosition(q)];
 }
 
 // ---- scales of a block -----------------------------------------------------------------------------------------------
@@ -141,66 +147,7 @@ template <class D, Scales kScales, int kP> QJAX_INLINE F ScaleAt(const float* bl
   return Set1(block[kP]);
 }
 
-// ---- few rows of x ---------------------------------------------------------------------------------------------------
-
-template <class D, Scales kScales, int kRows, int kP>
-QJAX_INLINE void MultiplyStep(const D& d, const typename D::Words& words, const float* x, int64_t stride,
-                              const float* scale, F (&sum)[kRows][2]) {
-  F value = d.template Value<kP>(words);
-  if constexpr (kScales == Scales::kSixteens) value = Mul(value, ScaleAt<D, kScales, kP>(scale));
-#pragma GCC unroll 4
-  for (int m = 0; m < kRows; ++m) sum[m][kP % 2] = Fma(value, Load(x + m * stride + 16 * kP), sum[m][kP % 2]);
-}
-
-// y[m0 : m0 + kRows, n], without what zero points add.
-template <class D, Scales kScales, int kRows>
-static void MultiplyRow(const Product& p, const D& d, const float* x, int64_t stride, int64_t n, const float* scale,
-                        float* y) {
-  uint8_t copy[D::kBytes];
-  F total[kRows][2];
-#pragma GCC unroll 4
-  for (int m = 0; m < kRows; ++m) total[m][0] = total[m][1] = Zero();
-  for (int64_t b = 0; b < p.blocks; ++b, x += kBlock, scale += p.slots) {
-    const uint8_t* block = BlockOf<D>(p, n, b, copy);
-    F own[kRows][2];
-#pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) own[m][0] = own[m][1] = Zero();
-    auto& sum = kScales == Scales::kSixteens ? total : own;
-    for (int part = 0; part < kParts; ++part) {
-      const auto words = d.Read(block, part);
-      const float* at = x + part * kLanes;
-      MultiplyStep<D, kScales, kRows, 0>(d, words, at, stride, scale, sum);
-      MultiplyStep<D, kScales, kRows, 1>(d, words, at, stride, scale, sum);
-      MultiplyStep<D, kScales, kRows, 2>(d, words, at, stride, scale, sum);
-      MultiplyStep<D, kScales, kRows, 3>(d, words, at, stride, scale, sum);
-      MultiplyStep<D, kScales, kRows, 4>(d, words, at, stride, scale, sum);
-      MultiplyStep<D, kScales, kRows, 5>(d, words, at, stride, scale, sum);
-      MultiplyStep<D, kScales, kRows, 6>(d, words, at, stride, scale, sum);
-      MultiplyStep<D, kScales, kRows, 7>(d, words, at, stride, scale, sum);
-    }
-    if constexpr (kScales != Scales::kSixteens)
-#pragma GCC unroll 4
-      for (int m = 0; m < kRows; ++m)
-        total[m][0] = Fma(Add(own[m][0], own[m][1]), ScaleAt<D, kScales, 0>(scale), total[m][0]);
-  }
-#pragma GCC unroll 4
-  for (int m = 0; m < kRows; ++m) y[m * p.n + n] = Sum(Add(total[m][0], total[m][1]));
-}
-
-template <class D, Scales kScales>
-static void MultiplyFew(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
-  const D d(p);
-  RowScales scales(p);
-  const float* x = rows.values.get();
-  for (int64_t n = n0; n < n1; ++n) {
-    scales.Read(p, n, D::kFactor);
-    const float* scale = scales.scale(p);
-    float* y = p.y + m0 * p.n;
-    (rows.m == 1 ? MultiplyRow<D, kScales, 1> : MultiplyRow<D, kScales, kFewRows>)(p, d, x, rows.stride, n, scale, y);
-    if (p.zero.data == nullptr) continue;
-    for (int64_t m = 0; m < rows.m; ++m) y[m * p.n + n] += scales.DotOffsets(p, rows.sums.get() + m * p.groups);
-  }
-}
+#include "kernels_few.h"
 
 // ---- more rows of x --------------------------------------------------------------------------------------------------
 
@@ -339,7 +286,13 @@ static void MultiplyMany(const Product& p, int64_t m0, const Rows& rows, int64_t
 template <class D, Scales kScales>
 static void MultiplyScaled(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
   if (p.transposed) return MultiplyTransposed<D, kScales>(p, m0, rows, n0, n1);
-  (rows.m <= kFewRows ? MultiplyFew<D, kScales> : MultiplyMany<D, kScales>)(p, m0, rows, n0, n1);
+  switch (rows.tile) {
+    case 1: return MultiplyRows<D, kScales, 1>(p, m0, rows, n0, n1);
+    case 2: return MultiplyRows<D, kScales, 2>(p, m0, rows, n0, n1);
+    case 4: return MultiplyFew<D, kScales, 4>(p, m0, rows, n0, n1);
+    case 8: return MultiplyFew<D, kScales, 8>(p, m0, rows, n0, n1);
+    default: return MultiplyMany<D, kScales>(p, m0, rows, n0, n1);
+  }
 }
 
 template <class D>
@@ -356,9 +309,7 @@ static void Multiply(const Product& p, int64_t m0, const Rows& rows, int64_t n0,
   switch (p.codes_type) {
     case Codes::kInt2: return MultiplyCodes<PackedInt<2>>(p, m0, rows, n0, n1);
     case Codes::kInt3: return MultiplyCodes<PackedInt<3>>(p, m0, rows, n0, n1);
-    case Codes::kInt4:
-      if constexpr (kTableIsFastest) return MultiplyCodes<PackedTable>(p, m0, rows, n0, n1);
-      return MultiplyCodes<PackedInt<4>>(p, m0, rows, n0, n1);
+    case Codes::kInt4: return MultiplyCodes<PackedInt4>(p, m0, rows, n0, n1);
     case Codes::kInt5: return MultiplyCodes<PackedInt<5>>(p, m0, rows, n0, n1);
     case Codes::kInt6: return MultiplyCodes<PackedInt<6>>(p, m0, rows, n0, n1);
     case Codes::kTable16: return MultiplyCodes<PackedTable>(p, m0, rows, n0, n1);

@@ -11,7 +11,7 @@
 // bytes k = 32j + 2c + {0, 16, 1, 17}, the high ones lie 8 further. A block is two vectors of 64 bytes for both formats.
 
 constexpr int kTileRows = 4;    // of x, that share a decoded block
-constexpr int kWeightRows = 16; // that stay in the cache while rows of x pass
+constexpr int kWeightRows = 16; // that stay in the cache while more rows of x pass
 
 struct PackedNibbles {
   static constexpr int kBytes = 64;
@@ -32,6 +32,17 @@ struct FlippedBytes {
   }
 };
 
+// Where in a block of x stands what meets code `i` of packed int4.
+constexpr std::array<uint8_t, kBlock> MakeNibblePositions() {
+  std::array<uint8_t, kBlock> positions{};
+  for (int i = 0; i < kBlock; ++i) {
+    const int half = i / 64, lane = i % 64 / 4, c = lane / 4, j = lane % 4;
+    positions[i] = 32 * j + 8 * half + 2 * c + 16 * (i & 1) + (i >> 1 & 1);
+  }
+  return positions;
+}
+constexpr std::array<uint8_t, kBlock> kNibblePositions = MakeNibblePositions();
+
 // Row m0 + i of x in the kernels' order, what takes off the codes' offsets, its sums over groups.
 static void PrepareCodes(const Product& p, int64_t m0, Rows& rows, int64_t i) {
   const auto* x = static_cast<const int8_t*>(p.x.data) + (m0 + i) * p.k;
@@ -39,15 +50,19 @@ static void PrepareCodes(const Product& p, int64_t m0, Rows& rows, int64_t i) {
   int32_t* corrections = rows.corrections.get() + i * p.blocks * 16;
   const bool packed = IsPacked(p.codes_type);
   int32_t whole = 0;
-  for (int64_t b = 0; b < p.blocks; ++b, out += kBlock, corrections += 16) {
-    std::memset(corrections, 0, 16 * sizeof(int32_t));
-    for (int q = 0; q < kBlock; ++q) {
-      const int half = q / 64, lane = q % 64 / 4, c = lane / 4, j = lane % 4;
-      const int k = packed ? 32 * j + 8 * half + 2 * c + 16 * (q & 1) + (q >> 1 & 1) : q;
-      out[q] = b * kBlock + k < p.k ? x[b * kBlock + k] : 0;
-      corrections[lane] -= (packed ? 8 : 128) * out[q];
+  for (int64_t k = 0; k < p.k; k += kBlock, out += kBlock, corrections += 16) {
+    const int64_t count = std::min(kBlock, p.k - k);
+    int8_t straight[kBlock];
+    int8_t* block = packed ? straight : out;
+    std::memcpy(block, x + k, count);
+    std::memset(block + count, 0, kBlock - count);
+    for (int q = 0; packed && q < kBlock; ++q) out[q] = straight[kNibblePositions[q]];
+    for (int lane = 0; lane < 16; ++lane) {
+      int32_t sum = 0;
+      for (int q = 4 * lane; q < 4 * lane + 4; ++q) sum += out[q] + out[q + 64];
+      corrections[lane] = (packed ? -8 : -128) * sum;
+      whole += corrections[lane];
     }
-    for (int lane = 0; lane < 16; ++lane) whole += corrections[lane];
   }
   rows.whole_corrections.get()[i] = whole;
   if (p.zero.data == nullptr) return;
@@ -101,9 +116,11 @@ static void MultiplyCodesOfRow(const Product& p, int64_t m0, const Rows& rows, i
 template <class D, Sums kSums>
 static void MultiplyCodesSummed(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
   std::vector<RowScales> scales;
-  for (int i = 0; i < kWeightRows; ++i) scales.emplace_back(p);
-  for (int64_t first = n0; first < n1; first += kWeightRows) {
-    const int64_t count = std::min<int64_t>(kWeightRows, n1 - first);
+  // Rows that are used once are read alternately with their scales: each of the two is then one stream from memory.
+  const int64_t at_once = rows.m <= kTileRows ? 1 : kWeightRows;
+  for (int i = 0; i < at_once; ++i) scales.emplace_back(p);
+  for (int64_t first = n0; first < n1; first += at_once) {
+    const int64_t count = std::min(at_once, n1 - first);
     for (int64_t r = 0; r < count; ++r) scales[r].Read(p, first + r, 1);
     for (int64_t m = 0; m < rows.m; m += rows.m - m < kTileRows ? 1 : kTileRows)
       for (int64_t r = 0; r < count; ++r)

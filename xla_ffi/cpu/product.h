@@ -4,12 +4,15 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <vector>
 
 namespace qjax::cpu {
 
 constexpr int64_t kBlock = 128;  // codes along K that are packed together; x is padded to it
+
+constexpr int64_t kFewRows = 8;  // of x: up to so many meet codes as they are decoded
 
 constexpr int64_t kPadding = 64;  // elements between rows in the cache: at powers of two they would push each other out
 
@@ -62,13 +65,40 @@ static Buffer<T> New(int64_t count) {
   return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64)));
 }
 
-// Rows of x; those along k padded with zeros to whole blocks, in the order in which codes are decoded.
+// Rows of x; those along k padded with zeros to whole blocks, in the order in which codes are decoded. Few rows lie block
+// by block beside each other, `tile` of them, the last ones zeros; of more each lies in one piece, and `tile` is 0.
 struct Rows {
-  int64_t m, stride;
-  Buffer<float> values;         // [m, stride]: x as floats
-  Buffer<int8_t> codes;         // [m, stride]: x as int8
+  int64_t m, tile;
+  int64_t stride, block_stride;  // from a row to the next, and from a block of it
+  Buffer<float> values;          // x as floats
+  Buffer<int8_t> codes;          // x as int8
   Buffer<int32_t> corrections, whole_corrections;  // [m, blocks, 16], [m]: with codes, see kernels_int8.h
-  Buffer<float> sums;           // [m, groups]: of x along k over each group; where there are zero points
+  Buffer<float> sums;                              // [m, groups]: of x along k over each group; where there are zero points
+
+  // Room for `m` rows.
+  Rows(const Product& p, int64_t m) : m(m), tile(TileOf(p, m)) {
+    const int64_t padded = (p.depth() + kBlock - 1) / kBlock * kBlock;
+    stride = tile > 0 ? kBlock : padded + kPadding;
+    block_stride = tile > 0 ? tile * kBlock : kBlock;
+    if (p.zero.data != nullptr && !p.transposed) sums = New<float>(m * p.groups);
+    if (p.x.type == Number::kInt8) {
+      codes = New<int8_t>(m * stride);
+      corrections = New<int32_t>(m * p.blocks * 16);
+      whole_corrections = New<int32_t>(m);
+      return;
+    }
+    const int64_t size = tile > 0 ? tile * padded : m * stride;
+    values = New<float>(size);
+    if (tile > m) std::memset(values.get(), 0, size * sizeof(float));
+  }
+
+ private:
+  static int64_t TileOf(const Product& p, int64_t m) {
+    if (p.transposed || p.x.type == Number::kInt8 || m > kFewRows) return 0;
+    int64_t tile = 1;
+    while (tile < m) tile *= 2;
+    return tile;
+  }
 };
 
 constexpr int kColumns = 32;  // of words, that are packed at a time

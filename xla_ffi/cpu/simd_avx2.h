@@ -8,6 +8,11 @@ using I = __m256i;
 
 QJAX_INLINE F Zero() { return _mm256_setzero_ps(); }
 QJAX_INLINE F Load(const float* p) { return _mm256_loadu_ps(p); }
+QJAX_INLINE F LoadOnce(const float* p) {
+  F v = Load(p);
+  asm("" : "+x"(v));
+  return v;
+}
 QJAX_INLINE void Store(float* p, F v) { _mm256_storeu_ps(p, v); }
 QJAX_INLINE F Set1(float v) { return _mm256_set1_ps(v); }
 QJAX_INLINE F Repeat4(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }

@@ -8,6 +8,12 @@ using I = __m512i;
 
 QJAX_INLINE F Zero() { return _mm512_setzero_ps(); }
 QJAX_INLINE F Load(const float* p) { return _mm512_loadu_ps(p); }
+// To a register: compilers make what is used twice an operand in memory of both, and loads are what there is least of.
+QJAX_INLINE F LoadOnce(const float* p) {
+  F v = Load(p);
+  asm("" : "+v"(v));
+  return v;
+}
 QJAX_INLINE void Store(float* p, F v) { _mm512_storeu_ps(p, v); }
 QJAX_INLINE F Set1(float v) { return _mm512_set1_ps(v); }
 QJAX_INLINE F Repeat4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }

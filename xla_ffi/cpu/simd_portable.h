@@ -13,6 +13,7 @@ QJAX_INLINE F Load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+QJAX_INLINE F LoadOnce(const float* p) { return Load(p); }
 QJAX_INLINE void Store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 QJAX_INLINE F Set1(float v) { return F{v, v, v, v}; }
 QJAX_INLINE F Repeat4(const float* p) { return Load(p); }
