@@ -2,16 +2,16 @@
 
     python -m benchmarks.cpu --threads 2 --note "what else ran"     adds to results/cpu-<processor>.json
 
-Calls of all candidates take turns (float32 in both layouts, every scheme), so that whatever else the machine does falls
-on all alike, and dequantize-then-dot follows; weights rotate through more than the cache holds. Of the times of single
-calls the median and the 10th percentile are kept, by the clock on the wall and by the process's processor time, which
-other programs lengthen far less.
+A program is eight products and more one after another, each of whose x waits for the last y, as in a decoder: a call
+from Python takes 40 to 140 us whatever it runs. Programs of all candidates take turns (float32 in both layouts, every
+scheme), so that whatever else the machine does falls on all alike, and dequantize-then-dot follows; weights rotate
+through more than the cache holds. Of the times of a product the median and the 10th percentile are kept, by the clock
+on the wall and by the processor time, which other programs lengthen far less.
 """
 
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import time
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qjax
-from qjax.bench.machine import revision
+from qjax.bench.machine import processor, revision
 from qjax.bench.operands import random_array, random_weight
 from qjax.dispatch.choose import choose
 from qjax.kernel_call import problem_of
@@ -35,73 +35,89 @@ RESULTS = Path(__file__).parent / "results"
 SCHEMES = "w4a16,w8a16,w4a16:group_size=32,w4a16:symmetric=false,nf4,mxfp4,nvfp4,fp8,w3a16,w2a16,w4a8_int8,w8a8_int8"
 SLOW = "dequantize, dot"  # timed after the others: the memory that it gives back would be on the next one's account
 CACHE = 2**26  # bytes: what the weights of one candidate exceed together
+PRODUCTS = 8  # of a program, and as many as there are weights
+
+Product = Callable[[jax.Array, Any], jax.Array]
 
 
 @dataclass
 class Candidate:
-    """A compiled product and the weights that it takes in turn."""
+    """A program of products, and the weights that they take in turn."""
 
     name: str
     kernel: str
-    run: Callable[..., jax.Array]
+    product: Product
     weights: list[Any]
+    products: int = 0
     wall: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
 
-    def call(self, turn: int, x: jax.Array) -> None:
-        """One call, timed."""
-        w = self.weights[turn % len(self.weights)]
+    def __post_init__(self) -> None:
+        self.products = self.products or max(PRODUCTS, len(self.weights))
+        self.run = jax.jit(self._chain)
+
+    def _chain(self, x: jax.Array, weights: list[Any]) -> jax.Array:
+        for i in range(self.products):
+            # All of y, of which XLA would compute no more than is read.
+            y = jax.lax.optimization_barrier(self.product(x, weights[i % len(weights)]))
+            x = x + 0 * y[:, :1]
+        return y
+
+    def call(self, x: jax.Array) -> None:
+        """One program, timed."""
         busy, wall = time.process_time(), time.perf_counter()
-        self.run(x, w).block_until_ready()
-        self.wall.append((time.perf_counter() - wall) * 1e6)
-        self.busy.append((time.process_time() - busy) * 1e6)
+        self.run(x, self.weights).block_until_ready()
+        self.wall.append((time.perf_counter() - wall) * 1e6 / self.products)
+        self.busy.append((time.process_time() - busy) * 1e6 / self.products)
 
 
-def _copies(make: Callable[[jax.Array], Any]) -> list[Any]:
+def copies(make: Callable[[jax.Array], Any]) -> list[Any]:
+    """As many weights as exceed the cache together, each from a key of its own."""
     first = make(jax.random.key(0))
     count = -(-CACHE // first.nbytes)
     return [first, *(make(jax.random.key(i)) for i in range(1, count))]
 
 
+def quantized(text: str, m: int, n: int, k: int) -> Candidate:
+    """A scheme as dispatch runs it."""
+    scheme = qjax.parse_scheme(text)
+    weights = copies(lambda key: random_weight(key, scheme, n, k))
+    inside = jnp.int8 if scheme.activation else jnp.float32
+    kernel = choose(problem_of(weights[0], m=m, x_dtype=inside, out_dtype=jnp.float32)).route.name
+    return Candidate(text, kernel, qjax.matmul, weights)
+
+
 def candidates(m: int, n: int, k: int, schemes: list[str]) -> list[Candidate]:
     """Float32 in both layouts, the reference on int4, and every scheme as dispatch runs it."""
-    dense = _copies(lambda key: random_array(key, (n, k), jnp.float32))
-    found = [
-        Candidate(
-            "float32 [N, K]", "xla", jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))), dense
-        ),
-        Candidate("float32 [K, N]", "xla", jax.jit(jnp.dot), [w.T.copy() for w in dense]),
+    dense = copies(lambda key: random_array(key, (n, k), jnp.float32))
+    found = [quantized(text, m, n, k) for text in schemes]
+    return [
+        Candidate("float32 [N, K]", "xla", lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))), dense),
+        Candidate("float32 [K, N]", "xla", jnp.dot, [w.T.copy() for w in dense]),
+        Candidate(SLOW, "xla", lambda x, w: x @ w.dequantize(jnp.float32), found[0].weights[:1], products=1),
+        *found,
     ]
-    for text in schemes:
-        scheme = qjax.parse_scheme(text)
-        weights = _copies(lambda key, scheme=scheme: random_weight(key, scheme, n, k))
-        if not found[2:]:
-            found.append(Candidate(SLOW, "xla", jax.jit(lambda x, w: x @ w.dequantize(jnp.float32)), weights))
-        inside = jnp.int8 if scheme.activation else jnp.float32
-        kernel = choose(problem_of(weights[0], m=m, x_dtype=inside, out_dtype=jnp.float32)).route.name
-        found.append(Candidate(text, kernel, jax.jit(qjax.matmul), weights))
-    return found
 
 
 def measure(m: int, n: int, k: int, schemes: list[str], seconds: float) -> list[dict[str, Any]]:
-    """Records of one size: calls in turns for `seconds`, 15 of each at least; then `SLOW`."""
+    """Records of one size: programs in turns for `seconds`, 15 of each at least; then `SLOW`."""
     x = random_array(jax.random.key(1), (m, k), jnp.float32)
     found = candidates(m, n, k, schemes)
     for c in found:
-        c.run(x, c.weights[0]).block_until_ready()
+        c.run(x, c.weights).block_until_ready()
     started, turn = time.perf_counter(), 0
     while turn < 15 or time.perf_counter() - started < seconds:
         for c in found:
             if c.name != SLOW:
-                c.call(turn, x)
+                c.call(x)
         turn += 1
     for c in found:
-        for turn in range(7 if c.name == SLOW else 0):
-            c.call(turn, x)
+        for _ in range(7 if c.name == SLOW else 0):
+            c.call(x)
     base = [min(statistics.median(getattr(c, of)) for c in found[:2]) for of in ("wall", "busy")]
     return [
         {
-            "m": m, "n": n, "k": k, "name": c.name, "kernel": c.kernel, "calls": len(c.wall),
+            "m": m, "n": n, "k": k, "name": c.name, "kernel": c.kernel, "programs": len(c.wall), "products": c.products,
             "us": round(statistics.median(c.wall), 1), "us_p10": round(float(np.percentile(c.wall, 10)), 1),
             "cpu_us": round(statistics.median(c.busy), 1), "cpu_us_p10": round(float(np.percentile(c.busy, 10)), 1),
             "speedup": round(base[0] / statistics.median(c.wall), 3),
@@ -111,13 +127,21 @@ def measure(m: int, n: int, k: int, schemes: list[str], seconds: float) -> list[
     ]  # fmt: skip
 
 
-def processor() -> str:
-    """What the processor calls itself."""
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
+def table(document: dict[str, Any]) -> str:
+    """The last run of each number of threads as Markdown: microseconds of a product, and the ratio to float32."""
+    runs = {run["threads"]: run for run in document["runs"]}
+    found: dict[str, dict[tuple[int, ...], str]] = {}
+    for threads, run in sorted(runs.items()):
+        for r in run["records"]:
+            said = f"{r['us'] / 1e3:.2f} ms, {r['speedup']:.2f}x"
+            found.setdefault(r["name"], {})[r["n"], r["k"], r["m"], threads] = said
+    sizes = sorted({size for row in found.values() for size in row})
+    heads = [f"{n}x{k}, M = {m}, {t} thread{'s' * (t > 1)}" for n, k, m, t in sizes]
+    lines = [["", *heads], ["---", *("--:" for _ in heads)]]
+    lines += [[f"`{name}`", *(row.get(size, "-") for size in sizes)] for name, row in found.items()]
+    last = document["runs"][-1]
+    said = f"\n{last['instructions']}, jax {last['jax']}, revision {last['revision']}; {last['note']}.\n"
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + said
 
 
 def main() -> None:
@@ -129,6 +153,8 @@ def main() -> None:
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--seconds", type=float, default=20, help="of turns for each size")
     parser.add_argument("--note", default="", help="what else ran on the machine")
+    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    parser.add_argument("--json", type=Path, default=RESULTS / f"cpu-{name}.json", help="default: %(default)s")
     args = parser.parse_args()
     os.environ["PJRT_NPROC"] = str(args.threads)  # read when XLA's client starts, which is below
     run = {
@@ -141,10 +167,9 @@ def main() -> None:
             for record in measure(m, n, k, args.schemes.split(","), args.seconds):
                 run["records"].append(record)
                 print(args.threads, record)
-    path = RESULTS / f"cpu-{re.sub(r'[^a-z0-9]+', '-', processor().lower()).strip('-')}.json"
-    document = json.loads(path.read_text()) if path.is_file() else {"processor": processor(), "runs": []}
+    document = json.loads(args.json.read_text()) if args.json.is_file() else {"processor": processor(), "runs": []}
     document["runs"].append(run)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    args.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@
 
 A block is what lies between `<!-- quote NAME FILE -->` and `<!-- end of quote -->`, NAME being a key of `TABLES`. Where
 FILE is not there yet the block stays as it is. `<!-- quote kernels dispatch -->` is no measurement: the kernels that
-dispatch chooses.
+dispatch chooses. `<!-- quote cpu FILE -->` is a file of `benchmarks/cpu.py` or `benchmarks/peer_llama_cpp.py`.
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cpu
 from benchmarks.gemm import MAIN_ROWS, MAIN_SHAPES
 from benchmarks.kernel_table import kernel_table
 from qjax.bench.cases import ROWS, SCHEMES, parse_rows, parse_schemes, parse_shapes
@@ -130,16 +132,15 @@ TABLES: dict[str, Callable[[Records], str]] = {
 }
 
 
-KERNELS = "kernels"
+KERNELS, CPU = "kernels", "cpu"
 PICTURED = "by-shape"  # the table with the plot that `gemm.py --draw` makes below it
 
 
 def source(document: dict[str, Any], file: Path, folder: Path) -> str:
     """Where a table is from, with a link from the folder of the page."""
     machine, link = document["machine"], os.path.relpath(file, folder)
-    return (
-        f"\nNVIDIA {machine['device']}, jax {machine['jax']}, revision {document['commit']}: [{file.name}]({link}).\n"
-    )
+    device = machine.get("processor") or f"NVIDIA {machine['device']}"
+    return f"\n{device}, jax {machine['jax']}, revision {document['commit']}: [{file.name}]({link}).\n"
 
 
 def picture(file: Path, folder: Path) -> str:
@@ -159,6 +160,8 @@ def quoted(text: str, folder: Path, results: Path = RESULTS) -> str:
         path = results / file
         if not path.is_file():
             return found[0]
+        if name == CPU:
+            return f"{begin}{cpu.table(json.loads(path.read_text(encoding='utf-8')))}{end}"
         document = read(path)
         below = source(document, path, folder) + (picture(path, folder) if name == PICTURED else "")
         return f"{begin}{TABLES[name](document['records'])}{below}{end}"

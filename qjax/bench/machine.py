@@ -1,6 +1,7 @@
 """What a result was measured on: the device, its measured ceilings, versions, and the revision of the code."""
 
 import importlib.metadata
+import platform
 import re
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ def describe_machine() -> dict[str, Any]:
     """The device at hand: names, versions, copy bandwidth (bytes a second) and bf16 rate (operations a second)."""
     here, device = jax.devices()[0], devices.current()
     on_gpu = here.platform == "gpu"
-    found = {"gpu": here.device_kind} if on_gpu else {}
+    found = {"gpu": here.device_kind} if on_gpu else {"processor": processor()}
     found |= {"device": device.name}
     found |= {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     cuda = re.search(r"cuda (\d+)(\d\d)0\b", backend.get_backend().platform_version)
@@ -34,7 +35,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         **found,
         "qjax": qjax.__version__,
-        "bandwidth": copy_bandwidth(2**31 if on_gpu else 2**24),
+        "bandwidth": copy_bandwidth(2**31 if on_gpu else 2**26),
         "bf16_rate": bf16_rate(8192 if on_gpu else 256),
     }
 
@@ -49,10 +50,29 @@ def revision() -> str | None:
     return done.stdout.strip()
 
 
+def processor() -> str:
+    """What the processor calls itself."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
 def copy_bandwidth(size: int) -> float:
-    """Bytes read and written a second while `size` bytes are copied, with one added so that XLA cannot skip it."""
-    source = jnp.zeros(size // 4, jnp.uint32)
-    return 2 * source.nbytes / _seconds(jax.jit(lambda a: a + 1), source)
+    """Bytes read and written a second while `size` bytes are copied, with one added so that XLA cannot skip it.
+
+    On a CPU they are written where they lie: new memory costs a page fault each 4 KiB.
+    """
+    array = jnp.zeros(size // 4, jnp.uint32)
+    add = jax.jit(lambda a: a + 1, donate_argnums=(0,) if jax.default_backend() == "cpu" else ())
+
+    def copy() -> jax.Array:
+        nonlocal array
+        array = add(array)
+        return array
+
+    return 2 * array.nbytes / _seconds(copy)
 
 
 def bf16_rate(side: int) -> float:

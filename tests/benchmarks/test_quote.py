@@ -102,3 +102,17 @@ def test_pages_say_what_was_measured(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert quote.quoted(text, page.parent) == text, "run python -m benchmarks.quote"
     assert text.count("<!-- quote ") == text.count("<!-- end of quote -->") == len(quote.BLOCK.findall(text))
+
+
+def test_products_of_a_cpu_are_quoted_by_size_and_threads_the_last_run_of_each(tmp_path: Path) -> None:
+    def run(threads: int, us: float) -> dict:
+        record = {"name": "w4a16", "m": 1, "n": 4096, "k": 4096, "us": us, "speedup": 4.5}
+        return {"threads": threads, "instructions": "avx2", "jax": "0.11.2", "revision": "abc", "note": "quiet",
+                "records": [record]}  # fmt: skip
+
+    document = {"processor": "some", "runs": [run(1, 999.0), run(2, 300.0), run(1, 500.0)]}
+    (tmp_path / "gemm-h200.json").write_text(json.dumps(document))
+    text = quote.quoted(block("cpu"), tmp_path, tmp_path)
+    assert "|  | 4096x4096, M = 1, 1 thread | 4096x4096, M = 1, 2 threads |\n" in text
+    assert "| `w4a16` | 0.50 ms, 4.50x | 0.30 ms, 4.50x |\n" in text
+    assert "avx2, jax 0.11.2, revision abc; quiet.\n<!-- end" in text

@@ -142,7 +142,7 @@ std::string NamesOf(const Instructions (&sets)[kCount]) {
   return found;
 }
 
-constexpr int64_t kRowsAtOnce = 64;         // of x: what is prepared, and kept beside a panel of the weight
+constexpr int64_t kRowsAtOnce = 128;        // of x: what is prepared, and kept beside a panel of the weight
 constexpr int64_t kWorkOfATask = 1 << 18;   // multiplications, below which another thread is not worth waking
 constexpr int64_t kTasksOfAThread = 4;
 constexpr int64_t kColumnTasksOfAThread = 2;  // each of which reads all scales
