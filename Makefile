@@ -50,8 +50,9 @@ demo: setup
 test: setup $(if $(AOT),try-cuda-compiler)
 	$(compiled) $(bin)/python -m pytest -n $(WORKERS) $(ARGS)
 
-# Readers of files, and what is built on products alone, run on the pinned JAX only: they take long.
-elsewhere = $(addprefix --ignore=tests/,benchmarks qjax/budget qjax/calibration qjax/checkpoints qjax/quality)
+# Readers of files, the command, checks of checks and what is built on products alone run on the pinned JAX only.
+elsewhere = $(addprefix --ignore=tests/,benchmarks gpu test_architecture.py test_packaging.py test_readme.py \
+  $(addprefix qjax/,bench budget calibration checkpoints cli quality))
 
 test-newest:
 	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=requirements/jax-newest.txt AOT= \
