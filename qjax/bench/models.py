@@ -67,12 +67,17 @@ def model_of(name: str, scheme: Scheme | None, dtype: Any, mesh: Mesh | None = N
     """
     if name in GEOMETRIES:
         return merge(_random_model(GEOMETRIES[name], scheme, dtype, mesh))
-    if not Path(name).is_dir():
-        raise QJaxError(f"{name!r} is neither a folder nor one of {', '.join(GEOMETRIES)}")
+    check_name(name)
     model = qjax.load(name, dtype=dtype, mesh=mesh)
     if scheme is not None:
         qjax.nnx.quantize(model, scheme)
     return merge(model)
+
+
+def check_name(name: str) -> None:
+    """Raises QJaxError for what is neither a geometry nor a folder."""
+    if name not in GEOMETRIES and not Path(name).is_dir():
+        raise QJaxError(f"{name!r} is neither a folder nor one of {', '.join(GEOMETRIES)}")
 
 
 def _random_model(config: LlamaConfig, scheme: Scheme | None, dtype: Any, mesh: Mesh | None) -> Llama:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qjax.bench import cases
 from qjax.bench.decode import RUNS, STEPS, bench_decode, bound_of, breakdown, decode_cases
-from qjax.bench.models import GEOMETRIES
+from qjax.bench.models import GEOMETRIES, check_name
 from qjax.bench.records import Record, Results, key_of
 from qjax.cli.tables import show
 from qjax.models.kv_cache import CODED
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace, results: Results) -> None:
     sizes = [cases.parse_rows(args.batches), cases.parse_rows(args.prompts)]
     (backend,) = cases.parse_backends(args.backend)
     models = [name.strip() for name in args.models.split(",")]
+    for name in models:
+        check_name(name)
     schemes, cache = cases.parse_schemes(args.schemes), None if args.cache == "dense" else args.cache
     wanted = decode_cases(models, schemes, *sizes, backend=backend, gpus=args.gpus, cache=cache)
     wanted = [case for case in wanted if case.scheme is not None or not args.alone]

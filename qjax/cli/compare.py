@@ -12,6 +12,7 @@ from qjax.cli.opening import (
     backend_of,
     count,
     kernel_bytes,
+    make_room,
     open_model,
     open_tokenizer,
     read_tokens,
@@ -48,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measures, prints, and writes what was asked for."""
     ids = read_tokens(open_tokenizer(args.base, args.tokenizer), args.text)
-    for file in filter(None, (args.json, args.html)):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    make_room(args.json, args.html)
     with backend_of(args):
         base, model = (open_model(folder, args.dtype) for folder in (args.base, args.folder))
         batch = min(BATCH, args.windows or BATCH)

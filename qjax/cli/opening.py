@@ -75,6 +75,18 @@ def count(text: str) -> int:
     return int(text)
 
 
+def make_room(*files: Path | None) -> None:
+    """Makes the folders of files that will be written, those that were asked for, before the work that they are for.
+
+    Raises:
+      QJaxError: where a file should go there is a folder.
+    """
+    for file in filter(None, files):
+        if file.is_dir():
+            raise QJaxError(f"{file}: is a folder; expected the name of a file to write")
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+
 def open_tokenizer(folder: str, other: str | None = None) -> Tokenizer:
     """The tokenizer in the folder `other`, by default in the model's own, which has to be one that can be read.
 

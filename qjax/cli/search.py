@@ -7,7 +7,7 @@ from pathlib import Path
 from qjax.budget.mixture import Mixture
 from qjax.budget.search import CANDIDATES, search
 from qjax.calibration import RECIPES
-from qjax.cli.opening import SCHEME_HELP, WINDOW, count, open_model, read_windows
+from qjax.cli.opening import SCHEME_HELP, WINDOW, count, make_room, open_model, read_windows
 from qjax.cli.tables import show
 
 HELP = "find the scheme of each layer that loses least within a budget"
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     named: list[str | None] | None = None
     if args.candidates is not None:
         named = [None if one == "none" else one for one in args.candidates]
+    make_room(args.rules, args.json, args.plot)
     batches = read_windows(args.folder, args.calibrate, args.windows)
     found = search(
         open_model(args.folder),
@@ -65,8 +66,6 @@ def run(args: argparse.Namespace) -> None:
         together=args.together,
         recipe=args.recipe,
     )
-    for file in filter(None, (args.rules, args.json, args.plot)):
-        file.parent.mkdir(parents=True, exist_ok=True)
     if args.rules is not None:
         args.rules.write_text(found.text, encoding="utf-8")
     if args.json is not None:

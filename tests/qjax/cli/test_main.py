@@ -117,6 +117,11 @@ ERRORS: list[tuple[list[str], str]] = [
     ),
     (["explain", "{pylm}", "--rows", "-1"], "--rows: '-1'; expected an integer, at least 1"),
     (["compare", "{pylm}", "{pylm}"], "arguments are required: --text"),
+    (
+        ["compare", "{pylm}", "{pylm}", "--text", "{pylm}/eval.txt", "--json", "{tmp}"],
+        "is a folder; expected the name of",
+    ),
+    (["bench", "decode", "--models", "nothing"], "'nothing' is neither a folder nor one of llama-3.2-1b"),
     (["compare", "{pylm}", "{pylm}", "--text", "{tmp}/none"], "none: No such file or directory; expected a file"),
     (["compare", "{pylm}", "{tmp}", "--text", "{pylm}/eval.txt", "--windows", "1"], "config.json"),
     (["compare", "{pylm}", "{pylm}", "--text", "/dev/null"], "/dev/null: the text has 0 tokens; expected"),
