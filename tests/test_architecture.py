@@ -138,6 +138,7 @@ MAY_IMPORT = {
         f"{TENSOR} qjax.calibration qjax.flax_kernel qjax.progress qjax.quantize qjax.rules", "matplotlib scipy"
     ),
     "qjax.quality.*": Row(f"{PRODUCT} qjax.explain qjax.models qjax.progress", "flax matplotlib"),
+    "qjax.__main__": Row("qjax.cli"),
     "qjax.cli.*": Row(
         f"{PUBLIC} qjax.calibration qjax.budget qjax.quality qjax.bench qjax.explain qjax.rules qjax.devices",
         "rich matplotlib tokenizers",

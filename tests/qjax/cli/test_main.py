@@ -1,6 +1,8 @@
 """The command: what it prints, what it leaves behind, and errors in one line."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from command import PYLM, fail, run
 
+import qjax
 from qjax import devices
 from qjax.checkpoints.load import load
 from qjax.cli import tables
@@ -360,3 +363,8 @@ def test_a_table_is_drawn_on_a_terminal_and_plain_elsewhere(
     tables.show(("name", "n"), [("[red]", 1), ("b", None)], **given)
     drawn = capsys.readouterr().out
     assert "─" in drawn and "[red]" in drawn and "[bold]" in drawn and "a note" in drawn
+
+
+def test_the_package_is_the_command_too() -> None:
+    command = [sys.executable, "-m", "qjax", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"qjax {qjax.__version__}\n"
