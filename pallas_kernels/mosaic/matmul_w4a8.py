@@ -187,7 +187,7 @@ def _total(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Ar
 
 def _store(plan: Plan, warpgroup: jax.Array, total: jax.Array, at: Any, s: Any) -> None:
     """Multiplies a tile's sums by the scales of x, adds the bias and writes them, `PIECE` rows of x at a time."""
-    lines, tiles = views(s["out"], plan.interpret)
+    lines, tiles = views(s["out"], plan.interpret or s["y"].dtype == jnp.float32)
     first_x, first_w = at
     plgpu.barrier_wait(s["scaled"])
     if plan.bias:
@@ -260,11 +260,13 @@ def _empty(tile: Tile) -> Any:
 
 def _scratch(plan: Plan, out_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
-    tile, smem = plan.tile, plgpu.SMEM
+    tile, smem, piece = plan.tile, plgpu.SMEM, (CONSUMERS, SLOTS, PIECE, ROWS)
     found = dict(
         x=in_lines((tile.stages, tile.tile_m, BLOCK), jnp.int8, plan.interpret),
         w=smem((tile.stages, TILE_N, WORDS_A_BLOCK), jnp.uint32),
-        out=in_lines((CONSUMERS, SLOTS, PIECE, ROWS), out_dtype, plan.interpret),
+        out=in_lines(piece, out_dtype, plan.interpret)
+        if out_dtype.itemsize == 2
+        else smem(piece, out_dtype, transforms=tiled(out_dtype)),
         scale=smem((tile.stages, TILE_N), jnp.float32),
         x_scale=smem((tile.wide,), jnp.float32),
         full=plgpu.Barrier(num_arrivals=3, num_barriers=tile.stages),
@@ -321,10 +323,11 @@ def matmul(
     if plan.bias:
         assert bias is not None
         operands["bias"] = bias[:, None]
-    unit = 16 // stored.itemsize  # rows of the copy engine's arrays are whole 16 bytes
+    # Rows of the copy engine's arrays are whole 16 bytes. One of `PIECE` in float32 is two of 128 bytes: whole tiles.
+    unit_m, unit_n = (1, 8) if stored.itemsize == 2 else (8, 32)
     y = plgpu.kernel(
         functools.partial(_kernel, plan, (*operands, "y")),
-        out_type=jax.ShapeDtypeStruct((m, -(-n // unit) * unit), stored),
+        out_type=jax.ShapeDtypeStruct((m + -m % unit_m, n + -n % unit_n), stored),
         grid=(plan.programs,),
         grid_names=("program",),
         cluster=(tile.cluster,) if tile.cluster > 1 else (),
@@ -337,7 +340,7 @@ def matmul(
         ),
         scratch_types=_scratch(plan, stored),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(*operands.values())[:, :n]
+    )(*operands.values())[:m, :n]
     if whole:
         return y
     return finish(y, out_dtype, global_scale=None, bias=bias, activation=activation, residual=residual)

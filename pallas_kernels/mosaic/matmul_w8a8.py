@@ -41,7 +41,7 @@ from pallas_kernels.mosaic.lines import LINE, in_lines, views
 from pallas_kernels.mosaic.operand import OF_ROWS, ROWS, VALUES
 from pallas_kernels.mosaic.w8a8_plan import CONSUMERS, SLOTS, STEP, TILE_M, Plan, Tile, candidates, tile_for
 
-PROMOTED = 4  # steps of e4m3 whose sum stays in the tensor cores before it joins the total
+PROMOTED = 2  # steps of e4m3 whose sum stays in the tensor cores before it joins the total
 MOST_EXACT_K = 2**31 // (128 * 128) - 1  # products of int8 codes whose sum int32 holds
 REGISTERS = (40, 232)  # of a producer's thread and of a consumer's: 168 each is what the kernel starts with
 _OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)

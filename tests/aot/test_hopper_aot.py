@@ -98,14 +98,17 @@ OF_NIBBLES = [
     ("w4a8_int8", 2048, 4096, 22016, w4a8_plan.Tile(160, 6, 2)),
     ("w4a8_int8", 257, 4304, 333, w4a8_plan.Tile(192, 5, 1)),
     ("w4a8_int8:group_size=256", 100, 11008, 4096, w4a8_plan.Tile(64, 8, 2)),
+    ("w4a8_int8", 65, 100, 40, w4a8_plan.Tile(96, 8, 2)),
 ]
 
 
+@pytest.mark.parametrize("epilogue", [False, True])
 @pytest.mark.parametrize(("scheme", "m", "k", "n", "tile"), OF_NIBBLES, ids=str)
 def test_a_configuration_of_4_by_8_bits_compiles_with_the_registers_that_it_counts_on(
-    scheme: str, m: int, k: int, n: int, tile: w4a8_plan.Tile, compiler: Compiler
+    scheme: str, m: int, k: int, n: int, tile: w4a8_plan.Tile, epilogue: bool, compiler: Compiler
 ) -> None:
-    report = compiler("H200", Product(scheme, m, k, n), "mosaic.matmul_w4a8", dataclasses.asdict(tile))
+    product = Product(scheme, m, k, n, epilogue=epilogue)
+    report = compiler("H200", product, "mosaic.matmul_w4a8", dataclasses.asdict(tile))
     assert not report.error, report.error
     (kernel,) = (k for k in report.kernels if "hopper" in k.name)
     assert (kernel.spills, kernel.stack, kernel.serialized) == (0, 0, False)

@@ -92,6 +92,30 @@ def test_programs_walk_over_every_tile_once(m: int, n: int, cluster: int) -> Non
     assert all(row < m + 128 * (cluster - 1) and column < n for row, column in places)
 
 
+def _in_tensor_cores(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """`x @ w.T` of 32 products an instruction, terms and sum cut off 13 bits below the largest of them."""
+    total = np.zeros((x.shape[0], w.shape[0]))
+    for first in range(0, x.shape[1], 32):
+        products = x[:, None, first : first + 32] * w[:, first : first + 32]
+        terms = np.concatenate([products, total[..., None]], axis=-1)
+        unit = 2.0 ** (np.floor(np.log2(np.abs(terms).max(-1, keepdims=True))) - 13)
+        total = (np.trunc(terms / unit) * unit).sum(-1)
+    return total
+
+
+def test_sums_that_stay_in_the_tensor_cores_are_too_short_to_lose_what_float16_keeps() -> None:
+    rng, (m, k, n) = np.random.default_rng(0), (16, 7392, 24)
+    large = np.where(rng.uniform(size=k) < 0.02, 8.0, 1.0)  # as activations have them
+    x = rng.standard_normal((m, k)) * large
+    x = _float64(jnp.asarray(448 * x / np.abs(x).max(1, keepdims=True), jnp.float8_e4m3fn))
+    w = np.nan_to_num(_float64(jnp.asarray(rng.integers(0, 256, (n, k), np.uint8)).view(jnp.float8_e4m3fn)))
+    width = matmul_w8a8.PROMOTED * w8a8_plan.STEP
+    parts = [_in_tensor_cores(x[:, i : i + width], w[:, i : i + width]) for i in range(0, k, width)]
+    exact = x @ w.T
+    rounded = (exact / 2**14).astype(np.float16).astype(np.float64) * 2**14
+    assert np.linalg.norm(sum(parts) - exact) < 2 * np.linalg.norm(rounded - exact)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("weight", "shape", "sms", "tile"), CASES, ids=lambda v: str(v))
 def test_an_interpreted_kernel_is_as_close_to_float64_as_rounding_once_and_does_not_race(
