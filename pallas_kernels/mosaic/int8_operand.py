@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
+from jax.experimental.mosaic.gpu.wgmma import wgmma_fence, wgmma_m64
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import vector
+from jax.extend.mlir.dialects import arith, vector
 
 from pallas_kernels.mosaic.operand import BLOCK, MIDDLE, ROWS, VALUES, WORDS
 
@@ -83,15 +84,30 @@ def values(words: jax.Array, interpret: bool) -> jax.Array:
     )(lambda _, w: _in_lanes(w))(words)
 
 
-def _begin(sums: Any, values: Any, x: ir.Value, swizzle: int) -> Any:
+def _begin(sums: Any, values: Any, x: ir.Value, swizzle: int, last: int) -> Any:
     """`begin` on a lane's registers; x tiled `[M / 8, 1, 8, 128]`."""
-    acc = mgpu.WGMMAAccumulator.from_registers(sums)
-    acc = mgpu.wgmma(acc, values, mgpu.utils.memref_transpose(x, (1, 0, 3, 2)), swizzle=swizzle)
-    mgpu.utils.inline_ptx("wgmma.commit_group.sync.aligned;", has_side_effects=True, convergent=True)
-    return acc.value
+    acc = mgpu.WGMMAAccumulator.from_registers(sums)._value
+    x = mgpu.utils.memref_transpose(x, (1, 0, 3, 2))
+    (at, (_, (stride, *_))), _, fastest = mma_utils.create_descriptor(
+        x, swizzle=swizzle, large_tile=(BLOCK, BLOCK), group_size=(BLOCK, sums.shape[1]), logical_k_major=True
+    )
+    assert fastest == mma_utils.Dim.K, fastest
+    values, registers, s8 = wgmma_fence(values), acc.registers, ir.IntegerType.get_signless(8)
+    for first, width in ((0, BLOCK - last), (BLOCK - last, last)):
+        offset = mgpu.utils.c(mma_utils.encode_addr(first // COLUMNS * stride), ir.IntegerType.get_signless(64))
+        registers = wgmma_m64(
+            registers, values[:, first : first + width], arith.addi(at, offset), a_transpose=None, b_transpose=False,
+            a_k_stride=None, b_k_stride=stride, n=sums.shape[1], swizzle=width, a_element_type=s8, b_element_type=s8,
+        )  # fmt: skip
+        mgpu.utils.inline_ptx("wgmma.commit_group.sync.aligned;", has_side_effects=True, convergent=True)
+    return mgpu.WGMMAAccumulator(
+        _value=mgpu.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=True),
+        _original_layout=sums.layout,
+        _sync=False,
+    ).value
 
 
-def begin(sums: jax.Array, values: jax.Array, x: Any, transforms: tuple[Any, Any]) -> jax.Array:
+def begin(sums: jax.Array, values: jax.Array, x: Any, transforms: tuple[Any, Any], last: int) -> jax.Array:
     """Starts `sums + values @ x.T` and comes back.
 
     Args:
@@ -99,6 +115,7 @@ def begin(sums: jax.Array, values: jax.Array, x: Any, transforms: tuple[Any, Any
       values: of `values`.
       x: int8 `[M, 128]` in shared memory, M at most 256.
       transforms: how it lies there: tiles of 8 rows, swizzled.
+      last: columns, 32, 64 or 96, whose products are a group of their own, the second.
 
     Returns:
       the sums, in the same registers, which must not be touched before `finished`.
@@ -106,16 +123,16 @@ def begin(sums: jax.Array, values: jax.Array, x: Any, transforms: tuple[Any, Any
     return plgpu.inline_mgpu(
         arg_types=(VALUES, OPERAND, plgpu.RefType(transforms)),
         return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.int32, layout=VALUES),
-    )(lambda _, a, v, ref: _begin(a, v, ref, transforms[1].swizzle))(sums, values, x)
+    )(lambda _, a, v, ref: _begin(a, v, ref, transforms[1].swizzle, last))(sums, values, x)
 
 
-def _finished(sums: Any) -> Any:
-    mgpu.utils.inline_ptx("wgmma.wait_group.sync.aligned 0;", has_side_effects=True, convergent=True)
-    return fragmented_array.optimization_barrier(sums)
+def _finished(sums: Any, flying: int) -> Any:
+    mgpu.utils.inline_ptx(f"wgmma.wait_group.sync.aligned {flying};", has_side_effects=True, convergent=True)
+    return sums if flying else fragmented_array.optimization_barrier(sums)
 
 
-def finished(sums: jax.Array) -> jax.Array:
-    """Sums of `begin`, once they are there."""
+def finished(sums: jax.Array, flying: int) -> jax.Array:
+    """Sums of `begin`, once no more than `flying` of its two groups are under way: with one still not to be touched."""
     return plgpu.inline_mgpu(
         arg_types=(VALUES,), return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.int32, layout=VALUES)
-    )(lambda _, v: _finished(v))(sums)
+    )(lambda _, v: _finished(v, flying))(sums)

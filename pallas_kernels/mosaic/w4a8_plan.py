@@ -25,11 +25,13 @@ class Tile:
       tile_m: rows of x of a tile, a multiple of 32, at most 192; 128 rows of the weight belong to it.
       stages: blocks of 128 columns in flight from memory to shared memory.
       cluster: 1, or 2 programs side by side along the weight's rows that share each stage's part of x.
+      early: columns of a block that a consumer has still to multiply when the other's turn begins: 32, 64 or 96.
     """
 
     tile_m: int
     stages: int
     cluster: int
+    early: int = 32
 
     @property
     def wide(self) -> int:
@@ -39,13 +41,18 @@ class Tile:
     @property
     def smem(self) -> int:
         """Shared memory of a program in bytes, with room for barriers."""
-        ring = self.stages * (self.tile_m * BLOCK + TILE_N * WORDS_A_BLOCK * 4 + 4 * TILE_N)
+        ring = self.stages * (self.tile_m * BLOCK + TILE_N * WORDS_A_BLOCK * 4 + 2 * 4 * TILE_N)
         return ring + CONSUMERS * SLOTS * PIECE * 2 * LINE + 4 * (self.wide + TILE_N) + 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Static facts of one call; `group` columns share a scale, `scale` is its dtype."""
+    """Static facts of one call.
+
+    Attributes:
+      group: columns that share a scale; `scale` is its dtype.
+      as_bits: whether sums are multiplied as they are, the float where they begin among them.
+    """
 
     m: int
     n: int
@@ -53,6 +60,7 @@ class Plan:
     group: int
     scale: str
     bias: bool
+    as_bits: bool
     tile: Tile
     sms: int
     interpret: bool
@@ -98,4 +106,4 @@ def tile_for(m: int, n: int, *, sms: int, smem: int) -> Tile:
         tiles = -(-m // tile.tile_m) * -(-n // (TILE_N * tile.cluster))
         return -(-tiles // (sms // tile.cluster)) * (tile.tile_m + 16), -tile.tile_m  # 16: what begins and ends a tile
 
-    return min((tile for tile in candidates(m, smem) if tile.cluster == 2), key=busiest)
+    return min((tile for tile in candidates(m, smem) if tile.cluster == 1), key=busiest)

@@ -95,7 +95,7 @@ def test_a_configuration_of_8_by_8_bits_compiles_with_the_registers_that_it_coun
 
 # rows of x, K, N, the configuration of 4 by 8 bits
 OF_NIBBLES = [
-    ("w4a8_int8", 2048, 4096, 22016, w4a8_plan.Tile(160, 6, 2)),
+    ("w4a8_int8", 2048, 4096, 22016, w4a8_plan.Tile(160, 6, 2, 64)),
     ("w4a8_int8", 257, 4304, 333, w4a8_plan.Tile(192, 5, 1)),
     ("w4a8_int8:group_size=256", 100, 11008, 4096, w4a8_plan.Tile(64, 8, 2)),
     ("w4a8_int8", 65, 100, 40, w4a8_plan.Tile(96, 8, 2)),

@@ -68,7 +68,7 @@ def test_configurations_fit_into_shared_memory_and_the_first_choice_is_one_of_th
 
 @pytest.mark.parametrize(("m", "n", "cluster"), [(2048, 22016, 2), (4000, 1000, 1), (5000, 500, 2), (100, 70, 1)])
 def test_programs_walk_over_every_tile_once(m: int, n: int, cluster: int) -> None:
-    plan = w4a8_plan.Plan(m, n, 32, 128, "float16", False, Tile(128, 4, cluster), 132, True)
+    plan = w4a8_plan.Plan(m, n, 32, 128, "float16", False, True, Tile(128, 4, cluster), 132, True)
     places = [
         tuple(map(int, plan.place(jnp.int32(program + i * plan.programs), of_cluster)))
         for program in range(plan.programs)
@@ -112,6 +112,20 @@ def test_an_interpreted_kernel_is_as_close_to_float64_as_rounding_once_and_does_
     assert y.shape == (shape[0], shape[2])
     assert _error(y, _exact(x, packed, scale, x_scale, group)) < 1.05
     assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of_scale", "out_dtype"), [("float16", "bfloat16"), ("float32", "bfloat16"), ("float16", "float16")]
+)
+def test_scales_of_a_row_that_lie_far_apart_cost_no_accuracy(of_scale: str, out_dtype: str) -> None:
+    keys = jax.random.split(jax.random.key(7), 2)
+    _, packed, _, x_scale = _operands(64, 1024, 64, 128)
+    x = jnp.clip(jnp.round(32 * jax.random.normal(keys[0], (64, 1024))), -127, 127).astype(jnp.int8)
+    scale = (1e-3 * 2 ** jax.random.uniform(keys[1], (64, 8), minval=-3, maxval=3)).astype(of_scale)
+    scale = scale.at[:, 2].set(64e-3)
+    given = dict(x_scale=x_scale, group=128, config=vars(Tile(64, 2, 1)), sms=1, interpret=True, out_dtype=out_dtype)
+    assert _error(matmul_w4a8.matmul(x, packed, scale, **given), _exact(x, packed, scale, x_scale, 128)) < 1.05
 
 
 @pytest.mark.slow
