@@ -103,12 +103,11 @@ def candidates(m: int, weight: str, smem: int) -> list[Tile]:
 
 
 def tile_for(m: int, n: int, *, weight: str, sms: int, smem: int) -> Tile:
-    """A first choice, unmeasured: the width that leaves the fewest columns' worth of time to the busiest program."""
-    cluster = 2 if m > TILE_M else 1
+    """A first choice: the width that leaves the fewest columns' worth of time to the busiest program."""
 
     def busiest(size: int) -> tuple[int, int]:
-        tiles = -(-m // (TILE_M * cluster)) * -(-n // size)
-        return -(-tiles // (sms // cluster)) * (size + 16), -size  # 16: what begins and ends a tile
+        tiles = -(-m // TILE_M) * -(-n // size)
+        return -(-tiles // sms) * (size + 16), -size  # 16: what begins and ends a tile
 
     sizes = [size for size in _SIZES if size <= _widest(weight)]
-    return _most_stages(min(sizes, key=busiest), cluster, smem)
+    return _most_stages(min(sizes, key=busiest), 1, smem)
