@@ -147,8 +147,8 @@ def _asked(candidate: _Candidate, selection: Selection, problem: Problem, device
 
 
 def _candidate(route: Route, problem: Problem, device: Device, table: tuning.Table) -> _Candidate:
-    efficiency = roofline.efficiency(route.name, problem, device)
-    estimate = roofline.estimate(problem, device, efficiency)
+    seen = seen_by(route, problem)
+    estimate = roofline.estimate(seen, device, roofline.efficiency(route.name, seen, device))
     scheme = str(problem.scheme)
     entry = table.nearest(route.name, scheme, problem.n, problem.k, problem.m)
     if entry is None or problem.transposed:  # tables are of forward products
