@@ -45,6 +45,7 @@ ROUNDS = {
     "mosaic.matmul_few": ("nf4", "fp4", "higgs4"),  # values of the table
     "mosaic.matmul_packed": ("nf4", "fp4", "higgs4"),  # values of the table
     "mosaic.matmul_many": ("nf4", "fp4", "higgs4"),  # values of the table
+    "mosaic.matmul_w4a8": ("int4",),  # the total, where it has the size of 1.5 * 2^23 scales
     "mosaic.matmul_w8a8": ("e4m3",),  # sums of 256 products, which Hopper's tensor cores keep in about 14 bits
     "triton.matmul_packed": ("nf4", "fp4", "higgs4"),  # values of the table
     "triton.matmul_tall": None,  # the weight
