@@ -25,7 +25,9 @@ PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8, 9]]
         ("h200", "w8a16", "w8a8_int8"),
         ("h200", "fp8:granularity=tensor", "w8a8_fp8:granularity=tensor"),
         ("h200", "fp8:granularity=block", "w8a8_fp8:granularity=block,activation=block"),
-        ("h200", "w4a16", "w4a16:group_size=128"),  # no kernel multiplies int4 by int8 there
+        ("h200", "w4a16", "w4a8_int8:group_size=128"),
+        ("h200", "w4a16:symmetric=false", "w4a16:group_size=128,symmetric=false"),  # no kernel multiplies it by int8
+        ("a100", "w4a16", "w4a16:group_size=128"),
         ("h200", "nf4", "nf4"),
         ("h200", "w8a8_int8", "w8a8_int8"),
         ("a100", "fp8", "fp8"),  # its tensor cores have no FP8
