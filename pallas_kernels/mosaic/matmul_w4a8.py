@@ -208,7 +208,7 @@ def _store(plan: Plan, warpgroup: jax.Array, total: jax.Array, at: Any, s: Any) 
         part = total[:, first : first + PIECE] * jax.lax.broadcast_in_dim(scale, (ROWS, PIECE), (1,))
         if plan.bias:
             part = part + bias
-        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(min(i, SLOTS - 1), wait_read_only=True)  # the first: all of the tile before
         if tiles.dtype == jnp.float32:
             part = plgpu.layout_cast(part, SINGLE)
         tiles.at[warpgroup, i % SLOTS].T[...] = part.astype(tiles.dtype)

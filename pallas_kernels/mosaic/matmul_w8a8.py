@@ -172,7 +172,7 @@ def _store(plan: Plan, warpgroup: jax.Array, total: jax.Array, at: Any, s: Any) 
         part = part * (jax.lax.broadcast_in_dim(of_x, part.shape, (0,)) * of_columns("scale", first))
         if plan.bias:
             part = part + of_columns("bias", first)
-        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(min(i, SLOTS - 1), wait_read_only=True)  # the first: all of the tile before
         tiles[warpgroup, i % SLOTS] = part.astype(tiles.dtype)
         plgpu.commit_smem()
         first_x, first_w = at
