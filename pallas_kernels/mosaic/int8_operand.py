@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
+from jax.experimental.mosaic.gpu import mma_utils
 from jax.experimental.mosaic.gpu.wgmma import wgmma_fence, wgmma_m64
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
@@ -118,21 +118,9 @@ def begin(sums: jax.Array, values: jax.Array, x: Any, transforms: tuple[Any, Any
       last: columns, 32, 64 or 96, whose products are a group of their own, the second.
 
     Returns:
-      the sums, in the same registers, which must not be touched before `finished`.
+      the sums, in the same registers, which must not be touched before `sums.finished`.
     """
     return plgpu.inline_mgpu(
         arg_types=(VALUES, OPERAND, plgpu.RefType(transforms)),
         return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.int32, layout=VALUES),
     )(lambda _, a, v, ref: _begin(a, v, ref, transforms[1].swizzle, last))(sums, values, x)
-
-
-def _finished(sums: Any, flying: int) -> Any:
-    mgpu.utils.inline_ptx(f"wgmma.wait_group.sync.aligned {flying};", has_side_effects=True, convergent=True)
-    return sums if flying else fragmented_array.optimization_barrier(sums)
-
-
-def finished(sums: jax.Array, flying: int) -> jax.Array:
-    """Sums of `begin`, once no more than `flying` of its two groups are under way: with one still not to be touched."""
-    return plgpu.inline_mgpu(
-        arg_types=(VALUES,), return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.int32, layout=VALUES)
-    )(lambda _, v: _finished(v, flying))(sums)

@@ -44,6 +44,7 @@ from pallas_kernels.mosaic import columns
 from pallas_kernels.mosaic.few_plan import BLOCK, MOST_ROWS, Few, Plan, candidates, first_choice, offset_by_sums
 from pallas_kernels.mosaic.lanes import Lanes
 from pallas_kernels.mosaic.lanes_numpy import NumpyLanes
+from pallas_kernels.mosaic.launch import launch
 from pallas_kernels.mosaic.step_program import program_of
 
 
@@ -193,16 +194,11 @@ def _call(plan: Plan, arrays: list[jax.Array], interpret: bool) -> list[jax.Arra
             return made
 
         return jax.pure_callback(run, out, *arrays, vmap_method="sequential")
-    return plgpu.kernel(
+    return launch(
         functools.partial(_kernel, plan),
-        out_type=out,
-        grid=(plan.programs,),
-        grid_names=("program",),
-        num_threads=plan.config.threads // 128,
-        thread_name="warpgroup",
-        kernel_name=f"qjax_{plan.weight}_hopper_few" + ("" if plan.ends == "plain" else f"_{plan.ends}"),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        scratch_types={name: plgpu.SMEM((size // 4,), jnp.uint32) for name, size in plan.shared.items()},
+        out,
+        programs=plan.programs,
+        warpgroups=plan.config.threads // 128,
+        name=f"qjax_{plan.weight}_hopper_few" + ("" if plan.ends == "plain" else f"_{plan.ends}"),
+        scratch={name: plgpu.SMEM((size // 4,), jnp.uint32) for name, size in plan.shared.items()},
     )(*arrays)

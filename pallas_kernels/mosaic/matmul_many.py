@@ -22,7 +22,6 @@ fetch half of the rows of x each, for both.
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +33,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.finish import finish
 from pallas_kernels.grouped import why_not
 from pallas_kernels.mosaic import accumulate, columns, sums
+from pallas_kernels.mosaic.launch import launch, place_in, slot_of
 from pallas_kernels.mosaic.many_tiles import STAGED, STRIP, ManyTile, candidates, first_choice
 from pallas_kernels.mosaic.operand import BLOCK, ROWS, SINGLE, VALUES
 from pallas_kernels.mosaic.pieces import piece_of, whole_tiles
 from pallas_kernels.mosaic.plan import Plan, entries_of
 from pallas_kernels.mosaic.producer import produce, ring
+from pallas_kernels.mosaic.walk import Walk
 
 LEAST_GROUP = 64  # whose sums are one product; of e2m1, whose scales multiply the values, any
 
@@ -107,9 +108,10 @@ def _store(totals: Any, smem: Any, out: Any) -> None:
             plgpu.copy_smem_to_gmem(smem, out.at[pl.ds(i * STRIP + first, stored)])
 
 
-def programs_of(plan: Plan[ManyTile], sms: int) -> int:
-    """Clusters that are started: as many as fit the chip, or as there are tiles."""
-    return min(sms // plan.tile.cluster, math.prod(plan.grid))
+def walk_of(plan: Plan[ManyTile], sms: int) -> Walk:
+    """All of M first: rows of the weight come from memory once."""
+    along_m, along_n, _ = plan.grid
+    return Walk(along_m, along_n, min(sms // plan.tile.cluster, along_m * along_n), band=along_m)
 
 
 def _kernel(plan: Plan[ManyTile], sms: int, *refs: Any, **s: Any) -> None:
@@ -117,17 +119,14 @@ def _kernel(plan: Plan[ManyTile], sms: int, *refs: Any, **s: Any) -> None:
     tile = plan.tile
     x_ref, w_ref, scale_ref, *zero_ref, out_ref = refs
     program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
-    of_cluster = jax.lax.axis_index("cluster") if tile.cluster > 1 else 0
-    along_m, along_n, _ = plan.grid
-    stride = programs_of(plan, sms)
-    count = jax.lax.div(along_m * along_n - program + stride - 1, stride)  # tiles of this program
+    walk = walk_of(plan, sms)
+    count = walk.count(program)
     few, many = tile.handed_over(entries_of(plan.group, plan.zeros))
 
     def corner(which: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of a program's tile: its first row of x, of the weight."""
-        at = program + which * stride
-        along = jax.lax.div(at, along_m) * tile.cluster + of_cluster
-        return jax.lax.rem(at, along_m) * tile.tile_m, along * tile.rows
+        along_m, along_n = walk.tile(program, which)
+        return along_m * tile.tile_m, (along_n * tile.cluster + place_in(tile.cluster)) * tile.rows
 
     @pl.when(warpgroup == tile.consumers)
     def fill() -> None:
@@ -152,7 +151,7 @@ def _kernel(plan: Plan[ManyTile], sms: int, *refs: Any, **s: Any) -> None:
         @pl.loop(0, count)
         def one(which: jax.Array) -> None:
             def step(i: jax.Array, totals: Any) -> Any:
-                slot = jax.lax.rem(which * plan.rounds + i, jnp.int32(tile.stages))
+                slot = slot_of(which * plan.rounds + i, tile.stages)
                 plgpu.barrier_wait(s["full"].at[slot])
                 totals = _multiply(plan, s, slot, warpgroup, totals, x_ref.dtype.name)
                 plgpu.barrier_arrive(s["empty"].at[slot])
@@ -207,23 +206,17 @@ def matmul(
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     stored = out_dtype if whole else jnp.dtype(jnp.float32)
     unit = 16 // stored.itemsize  # rows of the copy engine's arrays are whole 16 bytes
-    y = plgpu.kernel(
+    y = launch(
         functools.partial(_kernel, plan, sms),
-        out_type=jax.ShapeDtypeStruct((m, -(-n // unit) * unit), stored),
-        grid=(programs_of(plan, sms),),
-        grid_names=("program",),
-        cluster=(tile.cluster,) if tile.cluster > 1 else (),
-        cluster_names=("cluster",) if tile.cluster > 1 else (),
-        num_threads=tile.consumers + 1,
-        thread_name="warpgroup",
-        kernel_name=f"qjax_{weight}_hopper_many",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        scratch_types=ring(plan, x.dtype)
+        jax.ShapeDtypeStruct((m, -(-n // unit) * unit), stored),
+        programs=walk_of(plan, sms).programs,
+        warpgroups=tile.consumers + 1,
+        name=f"qjax_{weight}_hopper_many",
+        scratch=ring(plan, x.dtype)
         | {"turn": plgpu.Barrier(num_arrivals=1, num_barriers=2)}
         | {"out": plgpu.SMEM((tile.consumers, STAGED // (ROWS * stored.itemsize), ROWS), stored)},
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        cluster=tile.cluster,
+        interpret=interpret,
     )(whole_tiles(x), packed.reshape(n, -1), columns.as_loaded(scale), *[] if zero_point is None else [zero_point])
     y = y[:, :n]
     if whole:

@@ -48,6 +48,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.finish import finish
 from pallas_kernels.grouped import why_not
 from pallas_kernels.mosaic import accumulate, columns
+from pallas_kernels.mosaic.launch import launch, place_in, slot_of
 from pallas_kernels.mosaic.operand import BLOCK, ROWS, SINGLE, VALUES
 from pallas_kernels.mosaic.pieces import piece_of, whole_tiles
 from pallas_kernels.mosaic.plan import Plan, entries_of
@@ -75,7 +76,7 @@ def _consume(plan: Plan[Tile], row_group: jax.Array, k_group: jax.Array, dtype: 
     tile, pieces = plan.tile, plan.tile.blocks * plan.pieces
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
-        slot = jax.lax.rem(i * tile.k_groups + k_group, jnp.int32(tile.stages))
+        slot = slot_of(i * tile.k_groups + k_group, tile.stages)
         plgpu.barrier_wait(s["full"].at[slot])
 
         def x_of(index: int) -> Any:
@@ -145,7 +146,7 @@ def _kernel(plan: Plan[Tile], *refs: Any, **s: Any) -> None:
     x_ref, w_ref, scale_ref, *zero_ref, out_ref = refs
     along_m, along_n, _ = plan.grid
     program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
-    of_cluster = jax.lax.axis_index("cluster") if tile.cluster > 1 else 0
+    of_cluster = place_in(tile.cluster)
     first_x = jax.lax.rem(program, along_m) * tile.tile_m
     along = jax.lax.rem(jax.lax.div(program, along_m), along_n)
     first_row = (along * tile.cluster + of_cluster) * tile.rows
@@ -232,21 +233,15 @@ def matmul(
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     stored = out_dtype if whole else jnp.dtype(jnp.float32)
     unit = 16 // stored.itemsize  # rows of the copy engine's arrays are whole 16 bytes
-    partial = plgpu.kernel(
+    partial = launch(
         functools.partial(_kernel, plan),
-        out_type=jax.ShapeDtypeStruct((tile.split_k, m, -(-n // unit) * unit), stored),
-        grid=(math.prod(plan.grid),),
-        grid_names=("program",),
-        cluster=(tile.cluster,) if tile.cluster > 1 else (),
-        cluster_names=("cluster",) if tile.cluster > 1 else (),
-        num_threads=tile.consumers + 1,
-        thread_name="warpgroup",
-        kernel_name=f"qjax_{weight}_hopper",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        scratch_types=_scratch(plan, x.dtype, stored),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        jax.ShapeDtypeStruct((tile.split_k, m, -(-n // unit) * unit), stored),
+        programs=math.prod(plan.grid),
+        warpgroups=tile.consumers + 1,
+        name=f"qjax_{weight}_hopper",
+        scratch=_scratch(plan, x.dtype, stored),
+        cluster=tile.cluster,
+        interpret=interpret,
     )(whole_tiles(x), packed.reshape(n, -1), columns.as_loaded(scale), *[] if zero_point is None else [zero_point])
     partial = partial[:, :, :n]
     if whole:

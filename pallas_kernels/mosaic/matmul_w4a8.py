@@ -50,11 +50,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.finish import finish
 from pallas_kernels.mosaic import accumulate, columns, int8_operand
+from pallas_kernels.mosaic.launch import launch, shared_in, slot_of
 from pallas_kernels.mosaic.lines import in_lines, tiled, views
 from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, SINGLE, VALUES, WORDS, WORDS_A_BLOCK
-from pallas_kernels.mosaic.w4a8_plan import CONSUMERS, EXACT, PIECE, SLOTS, TILE_N, Plan, Tile, candidates, tile_for
+from pallas_kernels.mosaic.sums import finished
+from pallas_kernels.mosaic.w4a8_plan import EXACT, PIECE, TILE_N, Plan, Tile, candidates, tile_for
+from pallas_kernels.mosaic.walk import CONSUMERS, SLOTS, Roles, barriers, walk
 
-REGISTERS = (40, 232)  # of a producer's thread and of a consumer's: 168 each is what the kernel starts with
 ZERO = np.float32(1.5 * 2**23)  # the float whose neighbours are one apart, 2^22 of them on either side
 ZERO_BITS = np.int32(0x4B400000)
 _OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -80,62 +82,36 @@ def configs(m: int, k: int, n: int, *, smem: int, **_: Any) -> list[dict[str, in
     return [dataclasses.asdict(tile) for tile in candidates(m, smem)]
 
 
-def _slot(plan: Plan, step: Any) -> jax.Array:
-    return jax.lax.rem(step, jnp.int32(plan.tile.stages))
-
-
 def _starts_anew(plan: Plan, block: jax.Array) -> jax.Array:
     """Whether sums begin anew behind a block."""
-    return (jax.lax.rem(block, jnp.int32(EXACT)) == EXACT - 1) | (block == plan.blocks - 1)
+    return (jax.lax.rem(block, jnp.int32(EXACT)) == EXACT - 1) | (block == plan.steps - 1)
 
 
-def _produce(plan: Plan, program: jax.Array, of_cluster: Any, refs: dict[str, Any], s: Any) -> None:
-    """Fills stage after stage, tile after tile."""
+def _fill(plan: Plan, first: jax.Array, first_x: jax.Array, first_w: jax.Array, refs: Any, s: Any) -> None:
+    """A tile's stages, from number `first` on."""
     tile = plan.tile
     x_lines, _ = views(s["x"], plan.interpret)
-    shared = "cluster" if tile.cluster > 1 else None
-    if not plan.interpret:  # which knows neither
-        plgpu.griddepcontrol_wait()
-        plgpu.griddepcontrol_launch_dependents()
 
-    def bring(name: str, first: jax.Array, height: int) -> jax.Array:
-        return columns.read(refs[name], first, jnp.int32(0), height, plan.interpret).astype(jnp.float32)
+    def scales(block: Any) -> jax.Array:
+        column = jnp.minimum(jax.lax.div(block, jnp.int32(plan.group // BLOCK)), refs["scale"].shape[1] - 1)
+        return columns.read(refs["scale"], first_w, column, TILE_N, plan.interpret)
 
-    @pl.loop(0, plan.tiles(program))
-    def one(i: jax.Array) -> None:
-        first_x, first_w = plan.place(program + i * plan.programs, of_cluster)
+    def one(block: jax.Array, ahead: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        slot = slot_of(first + block, tile.stages)
+        plgpu.barrier_wait(s["empty"].at[slot])
+        plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
+        full = s["full"].at[slot]
+        words = refs["w"].at[pl.ds(first_w, TILE_N), pl.ds(block * WORDS_A_BLOCK, WORDS_A_BLOCK)]
+        plgpu.copy_gmem_to_smem(words, s["w"].at[slot], full)
+        x = refs["x"].at[pl.ds(first_x, tile.tile_m), pl.ds(block * BLOCK, BLOCK)]
+        plgpu.copy_gmem_to_smem(x, x_lines.at[slot], full, collective_axes=shared_in(tile.cluster))
+        this, following = (columns.value(raw, plan.scale) for raw in ahead)  # only now: they have come by then
+        s["scale"][slot, 0] = this - jnp.where(_starts_anew(plan, block), jnp.float32(0), following)
+        s["scale"][slot, 1] = this
+        plgpu.barrier_arrive(full)
+        return ahead[1], scales(block + 2)
 
-        def scales(block: Any) -> jax.Array:
-            column = jnp.minimum(jax.lax.div(block, jnp.int32(plan.group // BLOCK)), refs["scale"].shape[1] - 1)
-            return columns.read(refs["scale"], first_w, column, TILE_N, plan.interpret)
-
-        def fill(block: jax.Array, ahead: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            slot = _slot(plan, i * plan.blocks + block)
-            plgpu.barrier_wait(s["empty"].at[slot])
-            plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
-            full = s["full"].at[slot]
-            words = refs["w"].at[pl.ds(first_w, TILE_N), pl.ds(block * WORDS_A_BLOCK, WORDS_A_BLOCK)]
-            plgpu.copy_gmem_to_smem(words, s["w"].at[slot], full)
-            x = refs["x"].at[pl.ds(first_x, tile.tile_m), pl.ds(block * BLOCK, BLOCK)]
-            plgpu.copy_gmem_to_smem(x, x_lines.at[slot], full, collective_axes=shared)
-            this, following = (columns.value(raw, plan.scale) for raw in ahead)  # only now: they have come by then
-            s["scale"][slot, 0] = this - jnp.where(_starts_anew(plan, block), jnp.float32(0), following)
-            s["scale"][slot, 1] = this
-            plgpu.barrier_arrive(full)
-            return ahead[1], scales(block + 2)
-
-        jax.lax.fori_loop(0, plan.blocks, fill, (scales(jnp.int32(0)), scales(jnp.int32(1))))
-        plgpu.barrier_wait(s["unscaled"])
-        s["x_scale"][...] = bring("x_scale", first_x, tile.wide)
-        if plan.bias:
-            s["bias"][...] = bring("bias", first_w, TILE_N)
-        plgpu.barrier_arrive(s["scaled"])
-
-    @pl.loop(0, tile.stages)  # until all that was filled was read
-    def drain(i: jax.Array) -> None:
-        plgpu.barrier_wait(s["empty"].at[_slot(plan, plan.tiles(program) * plan.blocks + i)])
-
-    plgpu.barrier_wait(s["unscaled"])
+    jax.lax.fori_loop(0, plan.steps, one, (scales(jnp.int32(0)), scales(jnp.int32(1))))
 
 
 def _multiply(plan: Plan, warpgroup: jax.Array, sums: jax.Array, values: jax.Array, x: Any, s: Any) -> jax.Array:
@@ -143,11 +119,11 @@ def _multiply(plan: Plan, warpgroup: jax.Array, sums: jax.Array, values: jax.Arr
     plgpu.barrier_wait(s["turn"].at[warpgroup])
     if not plan.interpret:  # which takes wgmma's first operand from memory alone
         sums = int8_operand.begin(sums, values, x, tiled(jnp.int8), plan.tile.early)
-        sums = int8_operand.finished(sums, 1)
+        plgpu.wgmma_wait(1)
     plgpu.barrier_arrive(s["turn"].at[1 - warpgroup])
     if plan.interpret:
         return sums + values.astype(jnp.int32) @ x[...].astype(jnp.int32).T
-    return int8_operand.finished(sums, 0)
+    return finished(sums, 0)
 
 
 def _add(plan: Plan, warpgroup: jax.Array, first: jax.Array, count: Any, total: jax.Array, s: Any) -> jax.Array:
@@ -177,7 +153,7 @@ def _add(plan: Plan, warpgroup: jax.Array, first: jax.Array, count: Any, total: 
 
         return total, sums, following
 
-    slot = _slot(plan, first)
+    slot = slot_of(first, plan.tile.stages)
     plgpu.barrier_wait(s["full"].at[slot])
     if plan.as_bits:
         total = accumulate.add_scaled(total, filled(-ZERO), scale_of(slot, 1), plan.interpret)
@@ -188,18 +164,17 @@ def _total(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Ar
     """The scaled products of a tile's stages, `[64, tile_m]`."""
 
     def part(i: jax.Array, total: jax.Array) -> jax.Array:
-        count = jnp.minimum(plan.blocks - i * EXACT, EXACT)
+        count = jnp.minimum(plan.steps - i * EXACT, EXACT)
         return _add(plan, warpgroup, first + i * EXACT, count, total, s)
 
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, plan.tile.tile_m), jnp.float32), VALUES)
-    return jax.lax.fori_loop(0, -(-plan.blocks // EXACT), part, zeros)
+    return jax.lax.fori_loop(0, -(-plan.steps // EXACT), part, zeros)
 
 
 def _store(plan: Plan, warpgroup: jax.Array, total: jax.Array, at: Any, s: Any) -> None:
     """Multiplies a tile's sums by the scales of x, adds the bias and writes them, `PIECE` rows of x at a time."""
     lines, tiles = views(s["out"], plan.interpret or s["y"].dtype == jnp.float32)
     first_x, first_w = at
-    plgpu.barrier_wait(s["scaled"])
     if plan.bias:
         bias = plgpu.load(s["bias"].at[pl.ds(warpgroup * ROWS, ROWS)], layout=OF_ROWS, optimized=False)
         bias = jax.lax.broadcast_in_dim(bias, (ROWS, PIECE), (0,))
@@ -215,57 +190,6 @@ def _store(plan: Plan, warpgroup: jax.Array, total: jax.Array, at: Any, s: Any) 
         plgpu.commit_smem()
         rows, of_w = pl.ds(first_x + first, PIECE), pl.ds(first_w + warpgroup * ROWS, ROWS)
         plgpu.copy_smem_to_gmem(lines.at[warpgroup, i % SLOTS], s["y"].at[rows, of_w])
-    plgpu.barrier_arrive(s["unscaled"])
-
-
-def _consume(plan: Plan, program: jax.Array, of_cluster: Any, warpgroup: jax.Array, s: Any) -> None:
-    """A consumer's rows of all tiles of its program."""
-
-    @pl.loop(0, plan.tile.stages)
-    def nothing_to_read_yet(slot: jax.Array) -> None:
-        plgpu.barrier_arrive(s["empty"].at[slot])
-
-    plgpu.barrier_arrive(s["unscaled"])
-
-    @pl.when(warpgroup == 1)
-    def begin() -> None:
-        plgpu.barrier_arrive(s["turn"].at[0])
-
-    @pl.loop(0, plan.tiles(program))
-    def one(i: jax.Array) -> None:
-        total = _total(plan, warpgroup, i * plan.blocks, s)
-        _store(plan, warpgroup, total, plan.place(program + i * plan.programs, of_cluster), s)
-
-    @pl.when(warpgroup == 0)
-    def end() -> None:
-        plgpu.barrier_wait(s["turn"].at[0])
-
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _kernel(plan: Plan, names: tuple[str, ...], *given: Any, **s: Any) -> None:
-    """One warpgroup of one program: see the module's docstring."""
-    refs = dict(zip(names, given, strict=True))
-    s["y"] = refs["y"]
-    program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
-    of_cluster = jax.lax.axis_index("cluster") if plan.tile.cluster > 1 else 0
-
-    @pl.when(warpgroup == CONSUMERS)
-    def fill() -> None:
-        plgpu.set_max_registers(REGISTERS[0], action="decrease")
-        _produce(plan, program, of_cluster, refs, s)
-
-    @pl.when(warpgroup < CONSUMERS)
-    def multiply() -> None:
-        plgpu.set_max_registers(REGISTERS[1], action="increase")
-        _consume(plan, program, of_cluster, warpgroup, s)
-
-
-def _empty(tile: Tile) -> Any:
-    """Barriers that say that a stage has been read, by all programs of a cluster."""
-    if tile.cluster == 1:
-        return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages)
-    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=tile.stages)
 
 
 def _scratch(plan: Plan, out_dtype: Any) -> dict[str, Any]:
@@ -279,12 +203,7 @@ def _scratch(plan: Plan, out_dtype: Any) -> dict[str, Any]:
         else smem(piece, out_dtype, transforms=tiled(out_dtype)),
         scale=smem((tile.stages, 2, TILE_N), jnp.float32),
         x_scale=smem((tile.wide,), jnp.float32),
-        full=plgpu.Barrier(num_arrivals=3, num_barriers=tile.stages),
-        empty=_empty(tile),
-        turn=plgpu.Barrier(num_barriers=CONSUMERS),
-        scaled=plgpu.Barrier(),
-        unscaled=plgpu.Barrier(num_arrivals=CONSUMERS),
-    )
+    ) | barriers(tile, arrivals=3, turns=True)
     if plan.bias:
         found["bias"] = smem((TILE_N,), jnp.float32)
     return found
@@ -336,21 +255,17 @@ def matmul(
         operands["bias"] = bias[:, None]
     # Rows of the copy engine's arrays are whole 16 bytes. One of `PIECE` in float32 is two of 128 bytes: whole tiles.
     unit_m, unit_n = (1, 8) if stored.itemsize == 2 else (8, 32)
-    y = plgpu.kernel(
-        functools.partial(_kernel, plan, (*operands, "y")),
-        out_type=jax.ShapeDtypeStruct((m + -m % unit_m, n + -n % unit_n), stored),
-        grid=(plan.programs,),
-        grid_names=("program",),
-        cluster=(tile.cluster,) if tile.cluster > 1 else (),
-        cluster_names=("cluster",) if tile.cluster > 1 else (),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        kernel_name="qjax_w4a8_hopper",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        scratch_types=_scratch(plan, stored),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    entries = dict(x_scale=(0, tile.wide)) | (dict(bias=(1, TILE_N)) if plan.bias else {})
+    roles = Roles(_fill, entries, _total, _store, turns=True)
+    y = launch(
+        functools.partial(walk, plan, roles, tuple(operands)),
+        jax.ShapeDtypeStruct((m + -m % unit_m, n + -n % unit_n), stored),
+        name="qjax_w4a8_hopper",
+        programs=plan.walk.programs,
+        warpgroups=CONSUMERS + 1,
+        scratch=_scratch(plan, stored),
+        cluster=tile.cluster,
+        interpret=interpret,
     )(*operands.values())[:m, :n]
     if whole:
         return y

@@ -36,14 +36,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.finish import finish
-from pallas_kernels.mosaic import columns
+from pallas_kernels.mosaic.launch import launch, shared_in, slot_of
 from pallas_kernels.mosaic.lines import LINE, in_lines, views
 from pallas_kernels.mosaic.operand import OF_ROWS, ROWS, VALUES
-from pallas_kernels.mosaic.w8a8_plan import CONSUMERS, SLOTS, STEP, TILE_M, Plan, Tile, candidates, tile_for
+from pallas_kernels.mosaic.w8a8_plan import STEP, TILE_M, Plan, Tile, candidates, tile_for
+from pallas_kernels.mosaic.walk import CONSUMERS, SLOTS, Roles, barriers, walk
 
 PROMOTED = 2  # steps of e4m3 whose sum stays in the tensor cores before it joins the total
 MOST_EXACT_K = 2**31 // (128 * 128) - 1  # products of int8 codes whose sum int32 holds
-REGISTERS = (40, 232)  # of a producer's thread and of a consumer's: 168 each is what the kernel starts with
 _OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -72,48 +72,19 @@ def configs(m: int, k: int, n: int, *, weight: str, smem: int, **_: Any) -> list
     return [dataclasses.asdict(tile) for tile in candidates(m, weight, smem)]
 
 
-def _slot(plan: Plan, step: Any) -> jax.Array:
-    return jax.lax.rem(step, jnp.int32(plan.tile.stages))
-
-
-def _produce(plan: Plan, program: jax.Array, of_cluster: Any, refs: dict[str, Any], s: Any) -> None:
-    """Fills stage after stage, tile after tile."""
+def _fill(plan: Plan, first: jax.Array, first_x: jax.Array, first_w: jax.Array, refs: Any, s: Any) -> None:
+    """A tile's stages, from number `first` on."""
     tile = plan.tile
     (x_lines, _), (w_lines, _) = views(s["x"], plan.interpret), views(s["w"], plan.interpret)
-    shared = "cluster" if tile.cluster > 1 else None
-    if not plan.interpret:  # which knows neither
-        plgpu.griddepcontrol_wait()
-        plgpu.griddepcontrol_launch_dependents()
 
-    def bring(name: str, first: jax.Array, height: int) -> jax.Array:
-        return columns.read(refs[name], first, jnp.int32(0), height, plan.interpret).astype(jnp.float32)
-
-    @pl.loop(0, plan.tiles(program))
-    def one(i: jax.Array) -> None:
-        first_x, first_w = plan.place(program + i * plan.programs, of_cluster)
-
-        @pl.loop(0, plan.steps)
-        def fill(step: jax.Array) -> None:
-            slot = _slot(plan, i * plan.steps + step)
-            plgpu.barrier_wait(s["empty"].at[slot])
-            part = pl.ds(step * STEP, STEP)
-            full = s["full"].at[slot]
-            plgpu.copy_gmem_to_smem(refs["x"].at[pl.ds(first_x, TILE_M), part], x_lines.at[slot], full)
-            plgpu.copy_gmem_to_smem(
-                refs["w"].at[pl.ds(first_w, tile.tile_n), part], w_lines.at[slot], full, collective_axes=shared
-            )
-
-        plgpu.barrier_wait(s["unscaled"])
-        s["x_scale"][...] = bring("x_scale", first_x, TILE_M)
-        for name in ("scale", "bias")[: 1 + plan.bias]:
-            s[name][...] = bring(name, first_w, tile.wide)
-        plgpu.barrier_arrive(s["scaled"])
-
-    @pl.loop(0, tile.stages)  # until all that was filled was read
-    def drain(i: jax.Array) -> None:
-        plgpu.barrier_wait(s["empty"].at[_slot(plan, plan.tiles(program) * plan.steps + i)])
-
-    plgpu.barrier_wait(s["unscaled"])
+    @pl.loop(0, plan.steps)
+    def one(step: jax.Array) -> None:
+        slot = slot_of(first + step, tile.stages)
+        plgpu.barrier_wait(s["empty"].at[slot])
+        part, full = pl.ds(step * STEP, STEP), s["full"].at[slot]
+        plgpu.copy_gmem_to_smem(refs["x"].at[pl.ds(first_x, TILE_M), part], x_lines.at[slot], full)
+        w, shared = refs["w"].at[pl.ds(first_w, tile.tile_n), part], shared_in(tile.cluster)
+        plgpu.copy_gmem_to_smem(w, w_lines.at[slot], full, collective_axes=shared)
 
 
 def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, count: Any, s: Any) -> jax.Array:
@@ -123,7 +94,7 @@ def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, count: Any, s: Any
 
     def multiply(acc: Any) -> jax.Array:
         def start(step: jax.Array) -> None:
-            slot = _slot(plan, step)
+            slot = slot_of(step, plan.tile.stages)
             plgpu.barrier_wait(s["full"].at[slot])
             plgpu.wgmma(acc, x_tiles.at[slot, pl.ds(warpgroup * ROWS, ROWS)], w_tiles.at[slot].T)
 
@@ -133,10 +104,10 @@ def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, count: Any, s: Any
         def more(step: jax.Array) -> None:
             start(step)
             plgpu.wgmma_wait(1)
-            plgpu.barrier_arrive(s["empty"].at[_slot(plan, step - 1)])
+            plgpu.barrier_arrive(s["empty"].at[slot_of(step - 1, plan.tile.stages)])
 
         found = plgpu.wgmma_accumulator_load(acc)
-        plgpu.barrier_arrive(s["empty"].at[_slot(plan, first + count - 1)])
+        plgpu.barrier_arrive(s["empty"].at[slot_of(first + count - 1, plan.tile.stages)])
         return found
 
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, plan.tile.tile_n), dtype))
@@ -160,7 +131,6 @@ def _store(plan: Plan, warpgroup: jax.Array, total: jax.Array, at: Any, s: Any) 
     """Scales a tile's sums, adds the bias and writes them, a piece of 128 bytes a row at a time."""
     lines, tiles = views(s["out"], plan.interpret)
     width = tiles.shape[-1]
-    plgpu.barrier_wait(s["scaled"])
     of_x = plgpu.load(s["x_scale"].at[pl.ds(warpgroup * ROWS, ROWS)], layout=OF_ROWS, optimized=False)
 
     def of_columns(name: str, first: int) -> jax.Array:
@@ -178,49 +148,6 @@ def _store(plan: Plan, warpgroup: jax.Array, total: jax.Array, at: Any, s: Any) 
         first_x, first_w = at
         rows = pl.ds(first_x + warpgroup * ROWS, ROWS)
         plgpu.copy_smem_to_gmem(lines.at[warpgroup, i % SLOTS], s["y"].at[rows, pl.ds(first_w + first, width)])
-    plgpu.barrier_arrive(s["unscaled"])
-
-
-def _consume(plan: Plan, program: jax.Array, of_cluster: Any, warpgroup: jax.Array, s: Any) -> None:
-    """A consumer's rows of all tiles of its program."""
-
-    @pl.loop(0, plan.tile.stages)
-    def nothing_to_read_yet(slot: jax.Array) -> None:
-        plgpu.barrier_arrive(s["empty"].at[slot])
-
-    plgpu.barrier_arrive(s["unscaled"])
-
-    @pl.loop(0, plan.tiles(program))
-    def one(i: jax.Array) -> None:
-        total = _total(plan, warpgroup, i * plan.steps, s)
-        _store(plan, warpgroup, total, plan.place(program + i * plan.programs, of_cluster), s)
-
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _kernel(plan: Plan, names: tuple[str, ...], *given: Any, **s: Any) -> None:
-    """One warpgroup of one program: see the module's docstring."""
-    refs = dict(zip(names, given, strict=True))
-    s["y"] = refs["y"]
-    program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
-    of_cluster = jax.lax.axis_index("cluster") if plan.tile.cluster > 1 else 0
-
-    @pl.when(warpgroup == CONSUMERS)
-    def fill() -> None:
-        plgpu.set_max_registers(REGISTERS[0], action="decrease")
-        _produce(plan, program, of_cluster, refs, s)
-
-    @pl.when(warpgroup < CONSUMERS)
-    def multiply() -> None:
-        plgpu.set_max_registers(REGISTERS[1], action="increase")
-        _consume(plan, program, of_cluster, warpgroup, s)
-
-
-def _empty(tile: Tile) -> Any:
-    """Barriers that say that a stage has been read, by all programs of a cluster."""
-    if tile.cluster == 1:
-        return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages)
-    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=tile.stages)
 
 
 def _scratch(plan: Plan, dtype: Any, out_dtype: Any) -> dict[str, Any]:
@@ -232,11 +159,7 @@ def _scratch(plan: Plan, dtype: Any, out_dtype: Any) -> dict[str, Any]:
         out=in_lines((CONSUMERS, SLOTS, ROWS, LINE // jnp.dtype(out_dtype).itemsize), out_dtype, plan.interpret),
         x_scale=plgpu.SMEM((TILE_M,), jnp.float32),
         scale=plgpu.SMEM((tile.wide,), jnp.float32),
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
-        empty=_empty(tile),
-        scaled=plgpu.Barrier(),
-        unscaled=plgpu.Barrier(num_arrivals=CONSUMERS),
-    )
+    ) | barriers(tile, arrivals=2)
     if plan.bias:
         found["bias"] = plgpu.SMEM((tile.wide,), jnp.float32)
     return found
@@ -283,21 +206,17 @@ def matmul(
         assert bias is not None
         operands["bias"] = bias[:, None]
     unit = 16 // stored.itemsize  # rows of the copy engine's arrays are whole 16 bytes
-    y = plgpu.kernel(
-        functools.partial(_kernel, plan, (*operands, "y")),
-        out_type=jax.ShapeDtypeStruct((m, -(-n // unit) * unit), stored),
-        grid=(plan.programs,),
-        grid_names=("program",),
-        cluster=(tile.cluster,) if tile.cluster > 1 else (),
-        cluster_names=("cluster",) if tile.cluster > 1 else (),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        kernel_name=f"qjax_w8a8_{weight}_hopper",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
-        scratch_types=_scratch(plan, x.dtype, stored),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    entries = dict(x_scale=(0, TILE_M), scale=(1, tile.wide)) | (dict(bias=(1, tile.wide)) if plan.bias else {})
+    roles = Roles(_fill, entries, _total, _store)
+    y = launch(
+        functools.partial(walk, plan, roles, tuple(operands)),
+        jax.ShapeDtypeStruct((m, -(-n // unit) * unit), stored),
+        name=f"qjax_w8a8_{weight}_hopper",
+        programs=plan.walk.programs,
+        warpgroups=CONSUMERS + 1,
+        scratch=_scratch(plan, x.dtype, stored),
+        cluster=tile.cluster,
+        interpret=interpret,
     )(*operands.values())[:, :n]
     if whole:
         return y

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import columns
+from pallas_kernels.mosaic.launch import read_barriers, shared_in, slot_of
 from pallas_kernels.mosaic.operand import BLOCK, WORDS_A_BLOCK
 from pallas_kernels.mosaic.plan import Plan
 from pallas_kernels.pairs import MAGIC
@@ -47,14 +48,6 @@ def _bring_columns(
     return found
 
 
-def _empty(plan: Plan[Any]) -> Any:
-    """Barriers that say that a stage has been read, by all programs of a cluster where x comes into all of them."""
-    tile = plan.tile
-    if tile.cluster == 1:
-        return plgpu.Barrier(num_arrivals=tile.row_groups, num_barriers=tile.stages)
-    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=tile.row_groups, num_barriers=tile.stages)
-
-
 def ring(plan: Plan[Any], x_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers that `produce` fills."""
     tile, smem = plan.tile, plgpu.SMEM
@@ -64,7 +57,7 @@ def ring(plan: Plan[Any], x_dtype: Any) -> dict[str, Any]:
         x=smem((tile.stages, tile.tile_m, tile.blocks * BLOCK), x_dtype, transforms=plan.swizzle),
         scale=smem(entries, jnp.uint32 if plan.scales_values else jnp.float32),
         full=plgpu.Barrier(num_arrivals=tile.blocks + 2, num_barriers=tile.stages),
-        empty=_empty(plan),
+        empty=read_barriers(tile.cluster, tile.row_groups, tile.stages),
     )
     if plan.zeros:
         found["zero"] = smem(entries, jnp.uint32)
@@ -82,7 +75,6 @@ def produce(plan: Plan[Any], at: Callable[[Any], Place], count: Any, x_ref: Any,
       s: shared memory and barriers, of `ring`.
     """
     tile, stage = plan.tile, plan.tile.blocks * BLOCK
-    shared = "cluster" if tile.cluster > 1 else None
 
     def codes_of(place: Place, block: int, blocks: int) -> Any:
         _, first_row, of_k = place
@@ -95,15 +87,12 @@ def produce(plan: Plan[Any], at: Callable[[Any], Place], count: Any, x_ref: Any,
         plgpu.griddepcontrol_wait()
         plgpu.griddepcontrol_launch_dependents()
 
-    def slot_of(i: jax.Array) -> jax.Array:
-        return jax.lax.rem(i, jnp.int32(tile.stages))
-
     def copy(i: jax.Array) -> None:
-        slot, place = slot_of(i), at(i)
+        slot, place = slot_of(i, tile.stages), at(i)
         for block in range(tile.blocks):
             plgpu.copy_gmem_to_smem(codes_of(place, block, 1), s["w"].at[slot, block], s["full"].at[slot])
         x = x_ref.at[pl.ds(place[0], tile.tile_m), pl.ds(place[2] * stage, stage)]
-        plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot], collective_axes=shared)
+        plgpu.copy_gmem_to_smem(x, s["x"].at[slot], s["full"].at[slot], collective_axes=shared_in(tile.cluster))
 
     def bring(i: Any) -> dict[str, list[jax.Array]]:
         _, first_row, of_k = at(i)
@@ -112,12 +101,12 @@ def produce(plan: Plan[Any], at: Callable[[Any], Place], count: Any, x_ref: Any,
     def store(i: jax.Array, entries: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
         for name, of_groups in entries.items():
             for index, entry in enumerate(of_groups):
-                s[name][slot_of(i), index] = entry
-        plgpu.barrier_arrive(s["full"].at[slot_of(i)])
+                s[name][slot_of(i, tile.stages), index] = entry
+        plgpu.barrier_arrive(s["full"].at[slot_of(i, tile.stages)])
         return bring(i + 1)
 
     def refill(i: jax.Array, entries: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
-        plgpu.barrier_wait(s["empty"].at[slot_of(i)])
+        plgpu.barrier_wait(s["empty"].at[slot_of(i, tile.stages)])
         plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
         copy(i)
         return store(i, entries)
@@ -130,4 +119,4 @@ def produce(plan: Plan[Any], at: Callable[[Any], Place], count: Any, x_ref: Any,
 
     @pl.loop(jnp.maximum(tile.stages, count), count + tile.stages)  # until all that was filled was read
     def drain(i: jax.Array) -> None:
-        plgpu.barrier_wait(s["empty"].at[slot_of(i)])
+        plgpu.barrier_wait(s["empty"].at[slot_of(i, tile.stages)])

@@ -103,5 +103,5 @@ def _finished(sums: Any, flying: int) -> Any:
 def finished(sums: jax.Array, flying: int) -> jax.Array:
     """Sums of `begin`, once no more than `flying` products that were started later are under way."""
     return plgpu.inline_mgpu(
-        arg_types=(VALUES,), return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=VALUES)
+        arg_types=(VALUES,), return_type=plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout=VALUES)
     )(lambda _, v: _finished(v, flying))(sums)

@@ -6,14 +6,13 @@ from typing import Any
 import jax
 
 from pallas_kernels.mosaic.columns import LANES
-from pallas_kernels.mosaic.lines import BAND, LINE, count_of, in_bands
+from pallas_kernels.mosaic.lines import LINE
 from pallas_kernels.mosaic.operand import BLOCK, ROWS, WORDS_A_BLOCK
+from pallas_kernels.mosaic.walk import CONSUMERS, SLOTS, Walk
 
-CONSUMERS = 2
 TILE_N = CONSUMERS * ROWS
 EXACT = 32  # blocks whose sums of codes stay within 22 bits, at most 8 * 128 each product
 PIECE = 32  # rows of x of a piece of the result
-SLOTS = 2  # pieces of a consumer's result on their way to memory
 _SIZES = (64, 96, 128, 160, 192)
 
 
@@ -50,13 +49,14 @@ class Plan:
     """Static facts of one call.
 
     Attributes:
+      steps: blocks of 128 columns, each a stage.
       group: columns that share a scale; `scale` is its dtype.
       as_bits: whether sums are multiplied as they are, the float where they begin among them.
     """
 
     m: int
     n: int
-    blocks: int
+    steps: int
     group: int
     scale: str
     bias: bool
@@ -66,24 +66,15 @@ class Plan:
     interpret: bool
 
     @property
-    def along(self) -> tuple[int, int]:
-        """Tiles of a cluster along M and N."""
-        return -(-self.m // self.tile.tile_m), -(-self.n // (TILE_N * self.tile.cluster))
+    def walk(self) -> Walk:
+        """Over tiles of a cluster, whose programs lie side by side along N."""
+        cluster = self.tile.cluster
+        along_m, along_n = -(-self.m // self.tile.tile_m), -(-self.n // (TILE_N * cluster))
+        return Walk(along_m, along_n, min(self.sms // cluster, along_m * along_n))
 
-    @property
-    def programs(self) -> int:
-        """Clusters that run."""
-        along_m, along_n = self.along
-        return min(self.sms // self.tile.cluster, along_m * along_n)
-
-    def tiles(self, program: jax.Array) -> jax.Array:
-        """How many a cluster computes."""
-        along_m, along_n = self.along
-        return count_of(along_m * along_n, self.programs, program)
-
-    def place(self, number: jax.Array, of_cluster: Any) -> tuple[jax.Array, jax.Array]:
-        """First row of x and of the weight of a program's tile by its cluster's number."""
-        along_m, along_n = in_bands(number, *self.along, BAND)
+    def place(self, program: jax.Array, i: jax.Array, of_cluster: Any) -> tuple[jax.Array, jax.Array]:
+        """First row of x and of the weight of a program's i-th tile."""
+        along_m, along_n = self.walk.tile(program, i)
         return along_m * self.tile.tile_m, (along_n * self.tile.cluster + of_cluster) * TILE_N
 
 

@@ -6,13 +6,12 @@ from typing import Any
 import jax
 
 from pallas_kernels.mosaic.columns import LANES
-from pallas_kernels.mosaic.lines import BAND, LINE, count_of, in_bands
+from pallas_kernels.mosaic.lines import LINE
 from pallas_kernels.mosaic.operand import ROWS
+from pallas_kernels.mosaic.walk import BAND, CONSUMERS, SLOTS, Walk
 
 STEP = 128  # columns of K of a stage: a row of it is what the swizzle is made for
-CONSUMERS = 2
 TILE_M = CONSUMERS * ROWS
-SLOTS = 2  # pieces of a consumer's result on their way to memory
 _SIZES = (64, 128, 192, 256)
 
 
@@ -60,24 +59,15 @@ class Plan:
         return -(-self.k // STEP)
 
     @property
-    def along(self) -> tuple[int, int]:
-        """Tiles of a cluster along M and N."""
-        return -(-self.m // (TILE_M * self.tile.cluster)), -(-self.n // self.tile.tile_n)
+    def walk(self) -> Walk:
+        """Over tiles of a cluster, whose programs lie side by side along M."""
+        cluster = self.tile.cluster
+        along_m, along_n = -(-self.m // (TILE_M * cluster)), -(-self.n // self.tile.tile_n)
+        return Walk(along_m, along_n, min(self.sms // cluster, along_m * along_n), BAND // cluster)
 
-    @property
-    def programs(self) -> int:
-        """Clusters that run."""
-        along_m, along_n = self.along
-        return min(self.sms // self.tile.cluster, along_m * along_n)
-
-    def tiles(self, program: jax.Array) -> jax.Array:
-        """How many a cluster computes."""
-        along_m, along_n = self.along
-        return count_of(along_m * along_n, self.programs, program)
-
-    def place(self, number: jax.Array, of_cluster: Any) -> tuple[jax.Array, jax.Array]:
-        """First row of x and of the weight of a cluster's tile by its number."""
-        along_m, along_n = in_bands(number, *self.along, BAND // self.tile.cluster)
+    def place(self, program: jax.Array, i: jax.Array, of_cluster: Any) -> tuple[jax.Array, jax.Array]:
+        """First row of x and of the weight of a program's i-th tile."""
+        along_m, along_n = self.walk.tile(program, i)
         return (along_m * self.tile.cluster + of_cluster) * TILE_M, along_n * self.tile.tile_n
 
 

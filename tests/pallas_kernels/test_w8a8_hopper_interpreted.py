@@ -81,9 +81,9 @@ def test_configurations_fit_into_shared_memory_and_the_first_choice_is_one_of_th
 def test_programs_walk_over_every_tile_once(m: int, n: int, cluster: int) -> None:
     plan = w8a8_plan.Plan(m, n, 4096, False, Tile(128, 4, cluster), 132, True)
     places = {
-        tuple(map(int, plan.place(jnp.int32(program + i * plan.programs), of_cluster)))
-        for program in range(plan.programs)
-        for i in range(int(plan.tiles(jnp.int32(program))))
+        tuple(map(int, plan.place(jnp.int32(program), jnp.int32(i), of_cluster)))
+        for program in range(plan.walk.programs)
+        for i in range(int(plan.walk.count(jnp.int32(program))))
         for of_cluster in range(cluster)
     }
     rows, columns = range(0, m, 128), range(0, n, 128)
