@@ -5,17 +5,17 @@
 //     n' = n / block_n, k' = k / group
 //
 // Operands, row-major, in this order; those after scale only where their bit of the attribute `operands` is set:
-//     x [.., M, K] ([.., M, N] if transposed) float, or int8 whose scales the caller applies   packed [.., N, ceil(K / 128), 4 * bits] uint32, or [.., N, K] of a byte each
-//     scale [.., ceil(N / block_n), ceil(K / group)]   zero_point, like scale   codebook [.., 16 or 256] float32
-// Result: y [.., M, N] float32; [.., M, K] if transposed, packed K with its padding. Attributes: `table`, the codes' values where the format has its own table, else empty;
-// `instructions`, a name of those below, or empty for the best that this machine has.
-//
-// The kernels are compiled once for each set of instructions, and the machine's is chosen at run time: one library runs
-// on every machine of an architecture.
+//     x           [.., M, K] ([.., M, N] if transposed) float, or int8 whose scales the caller applies
+//     packed      [.., N, ceil(K / 128), 4 * bits] uint32, or [.., N, K] of a byte each
+//     scale       [.., ceil(N / block_n), ceil(K / group)]
+//     zero_point  like scale
+//     codebook    [.., 16 or 256] float32
+// Result: y [.., M, N] float32; [.., M, K] if transposed, packed K with its padding.
+// Attributes: `table`, the codes' values where the format has its own table, else empty; `instructions`, a name of those
+// in instructions.h, or empty for the best that this machine has.
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstring>
 #include <numeric>
 #include <optional>
 #include <sstream>
@@ -23,128 +23,22 @@
 #include <string_view>
 #include <system_error>
 #include <thread>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "e8m0.h"
+#include "instructions.h"
 #include "parallel.h"
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-// g++ 12 takes its own _mm512_undefined_ps() for a mistake.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#define QJAX_INLINE inline __attribute__((always_inline))
-
-#if defined(__clang__)
-#define QJAX_TEXT_OF_PRAGMA(x) _Pragma(#x)
-#define QJAX_COMPILE_FOR(set) QJAX_TEXT_OF_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
-#define QJAX_COMPILE_FOR_ALL _Pragma("clang attribute pop")
-#else
-#define QJAX_TEXT_OF_PRAGMA(x) _Pragma(#x)
-#define QJAX_COMPILE_FOR(set) _Pragma("GCC push_options") QJAX_TEXT_OF_PRAGMA(GCC target(set))
-#define QJAX_COMPILE_FOR_ALL _Pragma("GCC pop_options")
-#endif
 
 namespace ffi = xla::ffi;
 
 namespace qjax::cpu {
 namespace {
 
-#if defined(__x86_64__)
-namespace avx512_vnni {
-QJAX_COMPILE_FOR("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")
-#define QJAX_VNNI 1
-#include "simd_avx512.h"
-#include "weight_rows.h"
-#include "kernels_int8.h"
-#undef QJAX_VNNI
-QJAX_COMPILE_FOR_ALL
-}  // namespace avx512_vnni
-
-namespace avx512 {
-QJAX_COMPILE_FOR("avx512f,avx512bw,avx512vl,avx2,fma,f16c")
-#define QJAX_VNNI 0
-#include "simd_avx512.h"
-#include "weight_rows.h"
-#include "kernels.h"
-#include "nibbles.h"
-#include "kernels_int8.h"
-#undef QJAX_VNNI
-QJAX_COMPILE_FOR_ALL
-}  // namespace avx512
-
-namespace avx2 {
-QJAX_COMPILE_FOR("avx2,fma,f16c")
-#include "simd_avx2.h"
-#include "weight_rows.h"
-#include "kernels.h"
-#include "nibbles.h"
-#include "kernels_int8.h"
-QJAX_COMPILE_FOR_ALL
-}  // namespace avx2
-#endif
-
-namespace portable {
-#include "simd_portable.h"
-#include "weight_rows.h"
-#include "kernels.h"
-#include "nibbles.h"
-#include "kernels_int8.h"
-}  // namespace portable
-
-bool Always() { return true; }
-#if defined(__x86_64__)
-bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }  // and F16C, all of them
-bool HasAvx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-}
-bool HasVnni() { return HasAvx512() && __builtin_cpu_supports("avx512vnni"); }
-#endif
-
-// Best first: for x as floats, and for x as int8.
-constexpr Instructions kForFloats[] = {
-#if defined(__x86_64__)
-    {"avx512", HasAvx512, avx512::Prepare, avx512::Multiply, avx512::PackNibbles},
-    {"avx2", HasAvx2, avx2::Prepare, avx2::Multiply, avx2::PackNibbles},
-#endif
-    {"portable", Always, portable::Prepare, portable::Multiply, portable::PackNibbles},
-};
-constexpr Instructions kForInt8[] = {
-#if defined(__x86_64__)
-    {"avx512_vnni", HasVnni, avx512_vnni::PrepareCodes, avx512_vnni::MultiplyInt8, nullptr},
-    {"avx512", HasAvx512, avx512::PrepareCodes, avx512::MultiplyInt8, nullptr},
-    {"avx2", HasAvx2, avx2::PrepareCodes, avx2::MultiplyInt8, nullptr},
-#endif
-    {"portable", Always, portable::PrepareCodes, portable::MultiplyInt8, nullptr},
-};
-
-template <size_t kCount>
-const Instructions* Find(const Instructions (&sets)[kCount], std::string_view name) {
-  for (const Instructions& set : sets)
-    if ((name.empty() || name == set.name) && set.available()) return &set;
-  return nullptr;
-}
-
-template <size_t kCount>
-std::string NamesOf(const Instructions (&sets)[kCount]) {
-  std::string found;
-  for (const Instructions& set : sets)
-    if (set.available()) found += (found.empty() ? "" : " ") + std::string(set.name);
-  return found;
-}
-
-constexpr int64_t kRowsAtOnce = 128;        // of x: what is prepared, and kept beside a panel of the weight
-constexpr int64_t kWorkOfATask = 1 << 18;   // multiplications, below which another thread is not worth waking
-constexpr int64_t kTasksOfAThread = 4;
+constexpr int64_t kRowsAtOnce = 128;          // of x: what is prepared, and kept beside a panel of the weight
+constexpr int64_t kWorkOfATask = 1 << 18;     // multiplications, below which another thread is not worth waking
+constexpr int64_t kTasksOfAThread = 16;       // for the last of which the others wait
 constexpr int64_t kColumnTasksOfAThread = 2;  // each of which reads all scales
 
 constexpr std::array<float, 16> kInt4Values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
