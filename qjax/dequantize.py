@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from qjax.formats import Format
 from qjax.hadamard import rotate
 from qjax.layouts import unpack
 from qjax.qtensor import QTensor
@@ -52,13 +53,21 @@ def _table(values: tuple[float, ...]) -> jax.Array:
     return jnp.concatenate([jax.lax.full((1,), v, jnp.float32) for v in values])
 
 
+def point_index(raw: jax.Array, form: Format) -> jax.Array:
+    """Codes `[..., K]` -> int32 `[..., K / dims]`: which point of the format's codebook `dims` neighbours name."""
+    parts = raw.reshape(*raw.shape[:-1], raw.shape[-1] // form.dims, form.dims).astype(jnp.int32)
+    return functools.reduce(jnp.bitwise_or, [parts[..., j] << (form.bits * j) for j in range(form.dims)])
+
+
 def code_values(w: QTensor) -> jax.Array:
     """What the codes stand for before scaling, zero point taken off: float32 `[..., N, K]`."""
     form, raw = w.scheme.format, codes(w)
     if form.kind == "codebook":
         if w.codebook is None:
             assert form.codebook is not None, form.name
-            return _table(form.codebook)[raw]
+            if form.dims == 1:
+                return _table(form.codebook)[raw]
+            return _table(form.codebook).reshape(-1, form.dims)[point_index(raw, form)].reshape(raw.shape)
         table = w.codebook.astype(jnp.float32)
         return jnp.take_along_axis(table[..., None, :], raw.astype(jnp.int32), axis=-1)
     values = raw.astype(jnp.float32)

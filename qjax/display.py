@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.dequantize import codes
+from qjax.dequantize import codes, point_index
 from qjax.qtensor import QTensor
 
 ROWS = 256  # output features that the histogram looks at
@@ -82,6 +82,12 @@ def _usage(w: QTensor) -> tuple[np.ndarray, np.ndarray, int]:
     sample = np.unique(np.linspace(0, total - 1, min(ROWS, total)).astype(int))
     some = dataclasses.replace(w, packed=w.packed[np.unravel_index(sample, lead)])
     form = w.scheme.format
+    if form.dims > 1:  # what weights stand for are coordinates of points, each as often as its point
+        index = np.asarray(point_index(codes(some), form)).ravel()
+        used = np.bincount(index, minlength=2 ** (form.dims * form.bits)).repeat(form.dims)
+        values = np.array(form.codebook, np.float32)
+        order = np.argsort(values, kind="stable")
+        return values[order], used[order] / used.sum(), len(sample)
     patterns = np.arange(2**form.bits, dtype=np.uint8)
     used = np.bincount(np.asarray(codes(some)).view(np.uint8).ravel(), minlength=len(patterns))
     values = (patterns if form.bits < 8 else patterns.view(form.dtype)).astype(np.float32)

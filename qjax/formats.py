@@ -2,6 +2,7 @@
 
 A row of `FORMATS` is an integer (the value is the code, see `Format.zero`), a hardware float of 8 bits (the array's own
 dtype holds it) or a codebook (`value = codebook[code]`). Adding a format is adding a row, its reference and its test.
+Of a codebook of points (`Format.dims`) neighbours along K name one together.
 
 Sources: OCP Microscaling Formats (MX) 1.0 for e2m1 and the exponents `emax`; OCP 8-bit floating point (OFP8) 1.0 for
 e4m3fn and e5m2; Dettmers et al., QLoRA (2023), appendix E, for NF4; bitsandbytes' `functional.py` for its FP4 order and
@@ -10,6 +11,8 @@ for the signed dynamic map (`dynamic8`) with which it quantizes block maxima.
 
 import dataclasses
 import functools
+import json
+from importlib import resources
 from typing import Literal
 
 import ml_dtypes
@@ -28,7 +31,8 @@ class Format:
       kind: `int`, `float` (8 bits, a hardware dtype) or `codebook`.
       maximum: largest magnitude: `2^(bits-1) - 1` for integers.
       storage: numpy dtype of the codes where they are not packed into words (8 bits), else "uint8".
-      codebook: value of each code, for `codebook` formats.
+      codebook: value of each code, for `codebook` formats; the points one after the other where `dims` is above 1.
+      dims: elements of a point: so many neighbours along K share the index `sum_j code[j] << (bits * j)` of theirs.
       ties: where a value half way between two neighbours goes.
       scale_by: what new scales bring to 1: a block's "peak", over `maximum`, or its root mean square.
       emax: exponent of the largest binade (MX scales), for the formats that MX uses.
@@ -40,6 +44,7 @@ class Format:
     maximum: float
     storage: str = "uint8"
     codebook: tuple[float, ...] | None = None
+    dims: int = 1
     ties: Ties = "even"
     scale_by: Literal["peak", "rms"] = "peak"
     emax: int | None = None
@@ -69,11 +74,17 @@ _NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
-# Lloyd and Max's levels for the normal distribution: each the mean of what is nearer to it than to its neighbours.
-_HIGGS = (
-    0.12839502985114684, 0.38804829949029207, 0.656759118532465, 0.9423404564869625,
-    1.256231197347178, 1.6180463860218814, 2.069017226531385, 2.732589570995161,
-)  # fmt: skip
+# Grids that err least on a normal distribution: each point is the mean of what is nearer to it than to the others.
+# `python benchmarks/higgs_grids.py` makes them, by bits and by elements of a point.
+_HIGGS: dict[str, list[float]] = json.loads(resources.files("qjax").joinpath("higgs_grids.json").read_text())
+
+
+def _higgs(bits: int, dims: int) -> Format:
+    grid = tuple(_HIGGS[f"bits={bits},p={dims}"])
+    return Format(
+        f"higgs{bits}" + (f"_p{dims}" if dims > 1 else ""), bits, "codebook", max(grid), codebook=grid, dims=dims,
+        scale_by="rms",
+    )  # fmt: skip
 
 
 def _dynamic_map() -> tuple[float, ...]:
@@ -100,7 +111,7 @@ FORMATS: dict[str, Format] = {
         Format("e2m1", 4, "codebook", 6.0, codebook=_symmetric(_E2M1), emax=2),
         Format("nf4", 4, "codebook", 1.0, codebook=_NF4, ties="lower"),
         Format("fp4", 4, "codebook", 1.0, codebook=_symmetric(_FP4), ties="away"),
-        Format("higgs4", 4, "codebook", _HIGGS[-1], codebook=(*(-v for v in _HIGGS[::-1]), *_HIGGS), scale_by="rms"),
+        *(_higgs(bits, dims) for dims in (1, 2) for bits in (2, 3, 4)),
         Format("dynamic8", 8, "codebook", 1.0, codebook=_dynamic_map(), ties="lower"),
     )
 }

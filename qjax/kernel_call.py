@@ -42,6 +42,8 @@ def features_of(w: QTensor) -> frozenset[str]:
     found = {name for name in optional if getattr(w, name) is not None}
     if w.zero_point is not None:
         found.add("zero_point" if w.zero_point.dtype == np.int8 else "zero_point_real")
+    if w.scheme.format.dims > 1:
+        found.add("points")
     if isinstance(w.scale, QTensor):
         found.add("nested_scale")
     if _padded_pieces(w) > 1:

@@ -227,6 +227,8 @@ def validate_qtensor(w: QTensor, where: str = "QTensor") -> QTensor:
         by_row = tuple(w.global_scale.shape) == (*stack, n)
         _want(where, "global_scale", w.global_scale, (*stack, n) if by_row else stack, ("float32",))
     if w.codebook is not None:
+        if form.dims > 1:
+            raise QTensorError(f"{where}: a codebook is for formats of one value a code; {form.name} has points")
         _want(where, "codebook", w.codebook, (*stack, 2**form.bits), ("float32",))
     along_k = (*stack, k)
     for field, shape in dict(offset=stack, act_scale=stack, input_perm=along_k, input_scale=along_k).items():

@@ -33,7 +33,7 @@ def encode(values: jax.Array, form: Format) -> jax.Array:
     """The nearest codes of a float or codebook format; beyond `form.maximum` it saturates.
 
     Args:
-      values: float32, any shape.
+      values: float32, any shape; `[..., K]` of whole points.
       form: a row of `FORMATS` that is no integer.
 
     Returns:
@@ -41,9 +41,21 @@ def encode(values: jax.Array, form: Format) -> jax.Array:
     """
     if form.kind == "float":
         return jnp.clip(values, -form.maximum, form.maximum).astype(form.dtype)
+    if form.dims > 1:
+        return _nearest_points(values, form)
     thresholds, order = codebook_thresholds(form.name)
     index = jnp.searchsorted(jnp.asarray(thresholds), values, side="right", method="compare_all")
     return jnp.asarray(order)[index]
+
+
+def _nearest_points(values: jax.Array, form: Format) -> jax.Array:
+    """`encode` of a format whose codebook has points: of equally near ones the first."""
+    assert form.codebook is not None, form.name
+    grid = jnp.asarray(form.codebook, jnp.float32).reshape(-1, form.dims)
+    at = values.reshape(*values.shape[:-1], values.shape[-1] // form.dims, form.dims)
+    index = jnp.argmin(sum((at[..., j, None] - grid[:, j]) ** 2 for j in range(form.dims)), axis=-1)
+    codes = [index >> (form.bits * j) & (2**form.bits - 1) for j in range(form.dims)]
+    return jnp.stack(codes, axis=-1).astype(form.dtype).reshape(values.shape)
 
 
 def to_range(scale: jax.Array, dtype: np.dtype) -> jax.Array:

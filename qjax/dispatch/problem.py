@@ -14,6 +14,7 @@ FEATURES = frozenset(
         "zero_point",  # integer zero points, int8
         "zero_point_real",  # zero points that are no integers (HQQ)
         "codebook",  # a table other than the format's own
+        "points",  # a table of points, which several neighbours name together
         "offset",  # added after scaling (bitsandbytes' nested scales)
         "global_scale",  # a second level of scale (NVFP4)
         "nested_scale",  # scales that are quantized themselves

@@ -11,11 +11,13 @@ from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qjax.dequantize import point_index
 from qjax.formats import FORMATS, codebook_thresholds
 from qjax.quantize import encode
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
-CODEBOOKS = tuple(name for name, row in FORMATS.items() if row.kind == "codebook")
+CODEBOOKS = tuple(name for name, row in FORMATS.items() if row.kind == "codebook" and row.dims == 1)
+POINTS = tuple(name for name, row in FORMATS.items() if row.dims > 1)
 FLOAT8 = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 
 
@@ -125,6 +127,21 @@ class EncodeTest(parameterized.TestCase):
     def test_every_value_of_a_codebook_encodes_to_itself(self, name):
         values = table(name)
         np.testing.assert_array_equal(values[np.asarray(encode(jnp.asarray(values), FORMATS[name]))], values)
+
+    @parameterized.parameters(*POINTS)
+    def test_pairs_of_codes_name_the_nearest_point(self, name):
+        row = FORMATS[name]
+        points = table(name).astype(np.float64).reshape(-1, 2)
+        assert len(points) == 4**row.bits
+        values = np.random.default_rng(0).normal(size=(500, 6)).astype(np.float32) * 1.5
+        codes = np.asarray(encode(jnp.asarray(values), row))
+        assert codes.shape == values.shape and codes.dtype == np.uint8 and codes.max() < 2**row.bits
+        index = codes[:, 0::2] + 2**row.bits * codes[:, 1::2].astype(int)
+        pairs = values.astype(np.float64).reshape(500, 3, 2)
+        np.testing.assert_array_equal(index, ((pairs[..., None, :] - points) ** 2).sum(-1).argmin(-1))
+        np.testing.assert_array_equal(point_index(jnp.asarray(codes), row), index)
+        own = point_index(encode(jnp.asarray(table(name)), row), row)
+        np.testing.assert_array_equal(own, np.arange(len(points)))
 
     def test_e2m1_rounds_as_ml_dtypes_does(self):
         values = np.clip(hard_values(table("e2m1")), -6, 6)

@@ -58,6 +58,8 @@ SPELLED = {
     "fp4:block_size=32": ("fp4:block_size=32", "fp4", (1, 32), "float32", True),
     "mxfp4": ("mxfp4", "e2m1", (1, 32), "float8_e8m0fnu", True),
     "mxfp8:format=e5m2": ("mxfp8:format=e5m2", "e5m2", (1, 32), "float8_e8m0fnu", True),
+    "higgs": ("higgs:group_size=128", "higgs4", (1, 128), "float16", True),
+    "higgs:p=2,bits=3": ("higgs:group_size=128,bits=3,p=2", "higgs3_p2", (1, 128), "float16", True),
     "nvfp4": ("nvfp4", "e2m1", (1, 16), "float8_e4m3fn", True),
 }
 
