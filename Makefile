@@ -22,7 +22,7 @@ compiled = JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/compiled \
 help:
 	@echo 'make demo         quantize a small Llama to every format: a table, a plot, a few lines it writes'
 	@echo 'make test         run the tests (ARGS="-k nf4", WORKERS=8)'
-	@echo 'make test-newest  run the fast tests on the newest JAX, in an environment of its own'
+	@echo 'make test-newest  run three cases of each fast test on the newest JAX, in an environment of its own'
 	@echo 'make test-aot     compile every kernel for every GPU of the table that tests/aot has; needs no GPU'
 	@echo 'make test-gpu     run every kernel on the GPU here, by the JAX of PYTHON=python3 (ARGS="--limit 300")'
 	@echo 'make lint         ruff and mypy'
@@ -56,7 +56,7 @@ elsewhere = $(addprefix --ignore=tests/,benchmarks gpu test_architecture.py test
 
 test-newest:
 	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=requirements/jax-newest.txt AOT= \
-	  ARGS='-m "not slow" $(elsewhere) $(ARGS)'
+	  ARGS='-m "not slow" --cases 3 $(elsewhere) $(ARGS)'
 
 test-aot: cuda-compiler
 	QJAX_AOT=all $(bin)/python -m pytest -n $(WORKERS) tests/aot $(ARGS)
