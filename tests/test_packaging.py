@@ -69,7 +69,7 @@ def clean_venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_every_module_of_the_three_packages_and_their_data(wheel: Path) -> None:
     shipped = set(zipfile.ZipFile(wheel).namelist())
-    patterns = ("*.py", "py.typed", "*.cc", "*.h", "tuning/*.json")
+    patterns = ("*.py", "py.typed", "*.cc", "*.h", "tuning/*.json", "higgs_grids.json")
     expected = {
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
