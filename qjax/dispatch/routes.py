@@ -125,4 +125,5 @@ QUANTIZERS = (
     Quantizer(
         "triton.quantize_rows", "triton", "pallas_kernels.triton.quantize_rows", frozenset({"token", "block"}), GPU, 80
     ),
+    Quantizer("cpu.quantize_rows", "cpu", "xla_ffi.cpu.quantize_rows", frozenset({"token"}), CPU, 0),
 )

@@ -119,4 +119,6 @@ def test_a_kernel_is_chosen_where_there_is_one():
     assert choose_quantizer(TOKEN, 2**20, h200) is None  # more than a program holds
     assert choose_quantizer(Activation("int8", "tensor"), 4096, h200) is None
     assert choose_quantizer(Activation("int8", "tensor", "static"), 4096, h200) is None
-    assert choose_quantizer(TOKEN, 4096, find_device("cpu")) is None
+    assert choose_quantizer(TOKEN, 4096, find_device("cpu")) in (None, QUANTIZERS[1])  # whether it is built or not
+    assert choose_quantizer(BLOCK, 4096, find_device("cpu")) is None
+    assert choose_quantizer(TOKEN, 4096, find_device("cpu"), "xla") is None

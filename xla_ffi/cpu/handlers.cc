@@ -1,4 +1,4 @@
-// XLA FFI handler of one custom call on the host, `qjax_cpu_matmul`:
+// XLA FFI handlers of two custom calls on the host. `qjax_cpu_quantize_rows` is quantize_rows.h; `qjax_cpu_matmul`:
 //
 //     y[b] = x[b] @ w[b]^T,  or  x[b] @ w[b] where `transposed` is set
 //     w[n, k] = (value(code[n, k]) - zero[n', k']) * scale[n', k']        b over the leading axes
@@ -248,7 +248,41 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packe
   return ffi::Error::Success();
 }
 
+ffi::Error QuantizeRows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::BufferR2<ffi::S8>> codes,
+                        ffi::Result<ffi::BufferR2<ffi::F32>> scale, std::string_view instructions) {
+  const Instructions* set = Find(kForFloats, instructions);
+  if (set == nullptr)
+    return ffi::Error::InvalidArgument("qjax_cpu_quantize_rows: this machine does not have the instructions '" +
+                                       std::string(instructions) + "'");
+  const auto shape = x.dimensions(), of_codes = codes->dimensions(), of_scale = scale->dimensions();
+  const auto type = NumberOf(x.element_type());
+  const bool is_float = type == Number::kF32 || type == Number::kBF16 || type == Number::kF16;
+  if (!is_float || shape.size() != 2 || of_codes[0] != shape[0] || of_codes[1] != shape[1] ||
+      of_scale[0] != shape[0] || of_scale[1] != 1)
+    return ffi::Error::InvalidArgument("qjax_cpu_quantize_rows: x " + Text(x) + " is no f32, bf16 or f16 [M, K], or " +
+                                       "results are not codes [M, K] and scale [M, 1]");
+  const int64_t m = shape[0], k = shape[1];
+  const Array rows{x.untyped_data(), *type};
+  const auto quantize = [&](int64_t i) {
+    set->quantize_row(rows, i, k, codes->typed_data() + i * k, scale->typed_data() + i);
+  };
+  if (m * k < kWorkOfATask) {
+    for (int64_t i = 0; i < m; ++i) quantize(i);
+  } else {
+    ParallelFor(pool, m, quantize);
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(QjaxCpuQuantizeRows, QuantizeRows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::BufferR2<ffi::S8>>()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Attr<std::string_view>("instructions"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(QjaxCpuMatmul, Multiply,
                               ffi::Ffi::Bind()

@@ -3,7 +3,9 @@
 #define QJAX_XLA_FFI_CPU_INSTRUCTIONS_H_
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -55,6 +57,7 @@ QJAX_COMPILE_FOR("avx512f,avx512bw,avx512vl,avx2,fma,f16c")
 #include "weight_rows.h"
 #include "kernels.h"
 #include "nibbles.h"
+#include "quantize_rows.h"
 #include "kernels_int8.h"
 #undef QJAX_VNNI
 QJAX_COMPILE_FOR_ALL
@@ -66,6 +69,7 @@ QJAX_COMPILE_FOR("avx2,fma,f16c")
 #include "weight_rows.h"
 #include "kernels.h"
 #include "nibbles.h"
+#include "quantize_rows.h"
 #include "kernels_int8.h"
 QJAX_COMPILE_FOR_ALL
 }  // namespace avx2
@@ -76,6 +80,7 @@ namespace portable {
 #include "weight_rows.h"
 #include "kernels.h"
 #include "nibbles.h"
+#include "quantize_rows.h"
 #include "kernels_int8.h"
 }  // namespace portable
 
@@ -91,18 +96,21 @@ bool HasVnni() { return HasAvx512() && __builtin_cpu_supports("avx512vnni"); }
 // Best first: for x as floats, and for x as int8.
 constexpr Instructions kForFloats[] = {
 #if defined(__x86_64__)
-    {"avx512", HasAvx512, avx512::Prepare, avx512::Multiply, avx512::PackNibbles},
-    {"avx2", HasAvx2, avx2::Prepare, avx2::Multiply, avx2::PackNibbles},
+    {"avx512", HasAvx512, avx512::Prepare, avx512::Multiply, avx512::PackNibbles,
+     avx512::QuantizeRow},
+    {"avx2", HasAvx2, avx2::Prepare, avx2::Multiply, avx2::PackNibbles,
+     avx2::QuantizeRow},
 #endif
-    {"portable", Always, portable::Prepare, portable::Multiply, portable::PackNibbles},
+    {"portable", Always, portable::Prepare, portable::Multiply, portable::PackNibbles,
+     portable::QuantizeRow},
 };
 constexpr Instructions kForInt8[] = {
 #if defined(__x86_64__)
-    {"avx512_vnni", HasVnni, avx512_vnni::PrepareCodes, avx512_vnni::MultiplyInt8, nullptr},
-    {"avx512", HasAvx512, avx512::PrepareCodes, avx512::MultiplyInt8, nullptr},
-    {"avx2", HasAvx2, avx2::PrepareCodes, avx2::MultiplyInt8, nullptr},
+    {"avx512_vnni", HasVnni, avx512_vnni::PrepareCodes, avx512_vnni::MultiplyInt8, nullptr, nullptr},
+    {"avx512", HasAvx512, avx512::PrepareCodes, avx512::MultiplyInt8, nullptr, nullptr},
+    {"avx2", HasAvx2, avx2::PrepareCodes, avx2::MultiplyInt8, nullptr, nullptr},
 #endif
-    {"portable", Always, portable::PrepareCodes, portable::MultiplyInt8, nullptr},
+    {"portable", Always, portable::PrepareCodes, portable::MultiplyInt8, nullptr, nullptr},
 };
 
 template <size_t kCount>

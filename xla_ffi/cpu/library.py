@@ -15,6 +15,7 @@ from xla_ffi.shared_library import needed, opened
 
 LIBRARY = pathlib.Path(__file__).with_name("libqjax_cpu.so")
 TARGET = "qjax_cpu_matmul"
+QUANTIZE_ROWS = "qjax_cpu_quantize_rows"
 _lock = threading.Lock()
 
 
@@ -53,11 +54,12 @@ def int8_instructions() -> tuple[str, ...]:
 
 @functools.cache
 def _register_once() -> None:
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded().QjaxCpuMatmul), platform="cpu")
+    for target, handler in ((TARGET, loaded().QjaxCpuMatmul), (QUANTIZE_ROWS, loaded().QjaxCpuQuantizeRows)):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
 
 
 def register() -> None:
-    """Makes the custom call known to XLA, once.
+    """Makes the custom calls known to XLA, once.
 
     Raises:
       RuntimeError: the library is not built, or does not load.

@@ -120,7 +120,9 @@ struct Instructions {
   void (*prepare)(const Product& p, int64_t m0, Rows& rows, int64_t i);
   // y[m0 : m0 + rows.m, first : end].
   void (*multiply)(const Product& p, int64_t m0, const Rows& rows, int64_t first, int64_t end);
-  void (*pack_nibbles)(const NibbleWords& w, int64_t first);  // kColumns columns from `first`; where x is floats
+  // Where x is floats: kColumns columns from `first`; one row of [.., k].
+  void (*pack_nibbles)(const NibbleWords& w, int64_t first);
+  void (*quantize_row)(const Array& x, int64_t row, int64_t k, int8_t* codes, float* scale);
 };
 
 }  // namespace qjax::cpu

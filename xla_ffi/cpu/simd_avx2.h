@@ -19,6 +19,16 @@ QJAX_INLINE F Repeat4(const float* p) { return _mm256_broadcast_ps(reinterpret_c
 QJAX_INLINE F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 QJAX_INLINE F Mul(F a, F b) { return _mm256_mul_ps(a, b); }
 QJAX_INLINE F Add(F a, F b) { return _mm256_add_ps(a, b); }
+QJAX_INLINE F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
+QJAX_INLINE F Div(F a, F b) { return _mm256_div_ps(a, b); }
+QJAX_INLINE F Max(F a, F b) { return _mm256_max_ps(a, b); }
+QJAX_INLINE F Abs(F v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+// To nearest, half to even, within int8.
+QJAX_INLINE void StoreRounded(int8_t* p, F v) {
+  const __m256i words = _mm256_cvtps_epi32(v);
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+}
 QJAX_INLINE float Sum(F v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -20,7 +20,15 @@ QJAX_INLINE F Repeat4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_
 QJAX_INLINE F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 QJAX_INLINE F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
 QJAX_INLINE F Add(F a, F b) { return _mm512_add_ps(a, b); }
+QJAX_INLINE F Sub(F a, F b) { return _mm512_sub_ps(a, b); }
+QJAX_INLINE F Div(F a, F b) { return _mm512_div_ps(a, b); }
+QJAX_INLINE F Max(F a, F b) { return _mm512_max_ps(a, b); }
+QJAX_INLINE F Abs(F v) { return _mm512_abs_ps(v); }
 QJAX_INLINE float Sum(F v) { return _mm512_reduce_add_ps(v); }
+// To nearest, half to even, within int8.
+QJAX_INLINE void StoreRounded(int8_t* p, F v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+}
 
 QJAX_INLINE I LoadWords(const uint32_t* p) { return _mm512_loadu_si512(p); }
 // Words of a plane of 2 bits (1 bit), each for two (four) lanes, its lane's codes shifted to the front.

@@ -20,6 +20,14 @@ QJAX_INLINE F Repeat4(const float* p) { return Load(p); }
 QJAX_INLINE F Fma(F a, F b, F c) { return a * b + c; }
 QJAX_INLINE F Mul(F a, F b) { return a * b; }
 QJAX_INLINE F Add(F a, F b) { return a + b; }
+QJAX_INLINE F Sub(F a, F b) { return a - b; }
+QJAX_INLINE F Div(F a, F b) { return a / b; }
+QJAX_INLINE F Max(F a, F b) { return a > b ? a : b; }
+QJAX_INLINE F Abs(F v) { return (F)((I)v & 0x7fffffffu); }
+// To nearest, half to even, within int8.
+QJAX_INLINE void StoreRounded(int8_t* p, F v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = int8_t(std::max(-128.0f, std::min(127.0f, std::nearbyint(v[i]))));
+}
 QJAX_INLINE float Sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 QJAX_INLINE I LoadWords(const uint32_t* p) {
