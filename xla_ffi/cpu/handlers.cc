@@ -36,10 +36,11 @@ namespace ffi = xla::ffi;
 namespace qjax::cpu {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 128;          // of x: what is prepared, and kept beside a panel of the weight
-constexpr int64_t kWorkOfATask = 1 << 18;     // multiplications, below which another thread is not worth waking
-constexpr int64_t kTasksOfAThread = 16;       // for the last of which the others wait
-constexpr int64_t kColumnTasksOfAThread = 2;  // each of which reads all scales
+constexpr int64_t kRowsAtOnce = 128;              // of x: what is prepared, and kept beside a panel of the weight
+constexpr int64_t kWorkOfATask = 1 << 18;         // multiplications, below which another thread is not worth waking
+constexpr int64_t kTasksOfAThread = 4;            // for the last of which the others wait
+constexpr int64_t kTasksOfAThreadForOneRow = 16;  // or for two, with which a task has less to prepare
+constexpr int64_t kColumnTasksOfAThread = 2;      // each of which reads all scales
 
 constexpr std::array<float, 16> kInt4Values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
@@ -211,8 +212,9 @@ void Run(const Product& p, const Instructions& set, ffi::ThreadPool& pool) {
       ParallelFor(pool, rows.m, prepare);
     }
     const int64_t worth = std::max<int64_t>(1, rows.m * p.n * p.k / kWorkOfATask);
-    const int64_t of_a_thread = p.transposed ? kColumnTasksOfAThread : kTasksOfAThread;
-    const int64_t tasks = std::min(worth, std::max<int64_t>(1, pool.num_threads()) * of_a_thread);
+    const int64_t for_rows = rows.m <= 2 ? kTasksOfAThreadForOneRow : kTasksOfAThread;
+    const int64_t of_a_thread = p.transposed ? kColumnTasksOfAThread : for_rows;
+    const int64_t threads = pool.num_threads(), tasks = threads > 1 ? std::min(worth, threads * of_a_thread) : 1;
     const int64_t unit = p.transposed ? kBlock : 16, units = (p.width() + unit - 1) / unit;
     const int64_t step = (units + tasks - 1) / tasks * unit;
     ParallelFor(pool, (p.width() + step - 1) / step, [&](int64_t i) {
