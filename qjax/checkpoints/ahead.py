@@ -4,6 +4,7 @@ Both are a little ahead of whoever takes what they give, and no more: memory is 
 where somebody stops.
 """
 
+import mmap
 import os
 import threading
 from collections import deque
@@ -16,6 +17,7 @@ from qjax.checkpoints.files import CheckpointFiles
 
 THREADS = 2  # one of them may wait for memory or the disk while the other, in Python, looks at what it found
 WINDOW = 256 << 20  # bytes of a file that the disk is ahead: what it reads in a tenth of a second, or in one
+_AT_ONCE = 8 << 20  # bytes
 
 
 def in_order[T, R](work: Callable[[T], R], items: Iterable[T], *, threads: int = THREADS) -> Generator[R]:
@@ -38,10 +40,11 @@ def in_order[T, R](work: Callable[[T], R], items: Iterable[T], *, threads: int =
 
 
 class ReadAhead:
-    """A thread that has the system read the tensors of modules from the disk before they are taken.
+    """A thread that reads the tensors of modules from the disk before they are taken.
 
     What is mapped is else read a little at a time, where it is first touched, and whoever touches it waits. It goes
-    into the system's own cache. Used with `with`; without effect where the system cannot be asked (macOS, Windows).
+    into the system's own cache. Used with `with`; without effect where the system does not say what is there already
+    (macOS, Windows).
     """
 
     def __init__(self, files: CheckpointFiles, *, window: int = WINDOW) -> None:
@@ -49,8 +52,8 @@ class ReadAhead:
         self._files = files
         self._window = window
         self._wanted: deque[str] = deque()
-        self._ahead = 0  # bytes that were asked of the disk and not taken
-        self._closed = not hasattr(os, "posix_fadvise")
+        self._ahead = 0  # bytes that were read and not taken
+        self._closed = not hasattr(os, "RWF_NOWAIT")
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="qjax-read-ahead", daemon=True)
 
@@ -82,6 +85,7 @@ class ReadAhead:
         return sum(entry.stop - entry.start for entry in map(self._files.entry, self._files.names_in(module)))
 
     def _run(self) -> None:
+        scratch = memoryview(mmap.mmap(-1, _AT_ONCE))  # which is no memory before it is needed
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or (self._wanted and self._ahead < self._window))
@@ -90,5 +94,5 @@ class ReadAhead:
                 module = self._wanted.popleft()
                 self._ahead += self._size(module)
                 late = self._ahead <= 0  # it has been read by now
-            if not late and not self._files.read_ahead(module):
+            if not late and not self._files.read_ahead(module, scratch):
                 return

@@ -149,15 +149,16 @@ class CheckpointFiles:
         raw = np.frombuffer(mapped, np.uint8, offset=entry.start - offset)
         return np.require(raw.view(entry.dtype), requirements="A").reshape(entry.shape)
 
-    def read_ahead(self, prefix: str) -> bool:
-        """Has the system begin to read the tensors of the module `prefix` from the disk; says whether it could.
+    def read_ahead(self, prefix: str, scratch: memoryview) -> bool:
+        """Brings the tensors of the module `prefix` from the disk into the system's cache, by way of `scratch`; says
+        whether it could.
 
         Of a file that is gone by now, whoever reads it will hear.
         """
         try:
             for entry in map(self.entry, self.names_in(prefix)):
                 with entry.file.open("rb", buffering=0) as file:
-                    os.posix_fadvise(file.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
+                    into_cache(file.fileno(), entry.start, entry.stop, scratch)
         except OSError:
             return False
         return True
@@ -166,6 +167,21 @@ class CheckpointFiles:
         """The JSON object in the file `name` of the folder, or None where there is no such file."""
         file = self.path / name
         return read_json(file) if os.path.lexists(file) else None
+
+
+def into_cache(file: int, start: int, stop: int, scratch: memoryview) -> None:
+    """Reads what is not in the cache yet of a range of an open file: a disk gives more to who reads than to advice."""
+    for first in range(start, stop, len(scratch)):
+        size = min(len(scratch), stop - first)
+        if not (_is_cached(file, first) and _is_cached(file, first + size - 1)):
+            os.preadv(file, [scratch[:size]], first)
+
+
+def _is_cached(file: int, at: int) -> bool:
+    try:
+        return os.preadv(file, [bytearray(1)], at, os.RWF_NOWAIT) == 1
+    except OSError:  # it would have to wait, or the file system cannot tell
+        return False
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qjax.checkpoints.ahead import ReadAhead, in_order
-from qjax.checkpoints.files import CheckpointFiles
+from qjax.checkpoints.files import CheckpointFiles, into_cache
 from qjax.errors import CheckpointError
 
 SIZE, MODULES = 100, [f"m{i}" for i in range(6)]
@@ -71,10 +71,10 @@ def soon(holds: Callable[[], bool]) -> bool:
     return holds()
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to read ahead")
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in its cache")
 def test_the_disk_is_a_window_ahead_of_what_was_taken(files: CheckpointFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, advice: asked.append(start))
+    monkeypatch.setattr("qjax.checkpoints.files.into_cache", lambda _, start, stop, scratch: asked.append(start))
     starts = [files.entry(f"{module}.{name}").start for module in MODULES for name in "ab"]
     with ReadAhead(files, window=2 * SIZE) as ahead:
         ahead.want(MODULES[:1])
@@ -88,16 +88,36 @@ def test_the_disk_is_a_window_ahead_of_what_was_taken(files: CheckpointFiles, mo
     assert not [thread for thread in threading.enumerate() if thread.name == "qjax-read-ahead"]
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to read ahead")
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in its cache")
 def test_what_was_taken_already_is_not_asked_for(files: CheckpointFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, advice: asked.append(start))
+    monkeypatch.setattr("qjax.checkpoints.files.into_cache", lambda _, start, stop, scratch: asked.append(start))
     with ReadAhead(files) as ahead:
         for module in MODULES[:4]:
             ahead.taken(module)
         ahead.want(MODULES)
         assert soon(lambda: len(asked) == 4)
     assert asked == [files.entry(f"{module}.{name}").start for module in MODULES[4:] for name in "ab"]
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in its cache")
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_range_is_read_piece_by_piece_where_it_is_not_in_the_cache(
+    cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qjax.checkpoints.files._is_cached", lambda file, at: cached)
+    data, read, pieces = bytes(range(200)), os.preadv, []
+
+    def recorded(file: int, buffers: list[memoryview], at: int) -> int:
+        count = read(file, buffers, at)
+        pieces.append((at, bytes(buffers[0][:count])))
+        return count
+
+    monkeypatch.setattr(os, "preadv", recorded)
+    (tmp_path / "file").write_bytes(data)
+    with (tmp_path / "file").open("rb") as file:
+        into_cache(file.fileno(), 10, 190, memoryview(bytearray(64)))
+    assert pieces == ([] if cached else [(i, data[i : min(i + 64, 190)]) for i in (10, 74, 138)])
 
 
 def test_a_file_that_is_gone_stops_the_thread_and_nobody_else(files: CheckpointFiles) -> None:

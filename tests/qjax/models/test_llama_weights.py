@@ -130,8 +130,8 @@ class LoadTest(parameterized.TestCase):
     def test_where_the_system_cannot_be_asked_to_read_ahead_the_model_is_the_same(self):
         files = self.files()
         asked = nnx.state(load_llama(files))
-        with mock.patch.object(os, "posix_fadvise", create=True):
-            del os.posix_fadvise
+        with mock.patch.object(os, "RWF_NOWAIT", create=True):
+            del os.RWF_NOWAIT
             unasked = nnx.state(load_llama(files))
         jax.tree.map(np.testing.assert_array_equal, unasked, asked)
 
