@@ -8,7 +8,7 @@ import pytest
 from aot.compiler import Compiler, missing
 from products import Product
 
-from pallas_kernels.mosaic import matmul_w4a8, matmul_w8a8, w4a8_plan, w8a8_plan
+from pallas_kernels.mosaic import w4a8_plan, w8a8_plan, walk
 from pallas_kernels.mosaic.many_tiles import ManyTile
 from pallas_kernels.mosaic.tiles import Tile
 
@@ -89,8 +89,8 @@ def test_a_configuration_of_8_by_8_bits_compiles_with_the_registers_that_it_coun
     assert not report.error, report.error
     (kernel,) = (k for k in report.kernels if "hopper" in k.name)
     assert (kernel.spills, kernel.stack, kernel.serialized) == (0, 0, False)
-    producer, consumer = matmul_w8a8.REGISTERS
-    assert producer + w8a8_plan.CONSUMERS * consumer <= (w8a8_plan.CONSUMERS + 1) * kernel.registers
+    producer, consumer = walk.REGISTERS
+    assert producer + walk.CONSUMERS * consumer <= (walk.CONSUMERS + 1) * kernel.registers
 
 
 # rows of x, K, N, the configuration of 4 by 8 bits
@@ -112,5 +112,5 @@ def test_a_configuration_of_4_by_8_bits_compiles_with_the_registers_that_it_coun
     assert not report.error, report.error
     (kernel,) = (k for k in report.kernels if "hopper" in k.name)
     assert (kernel.spills, kernel.stack, kernel.serialized) == (0, 0, False)
-    producer, consumer = matmul_w4a8.REGISTERS
-    assert producer + w4a8_plan.CONSUMERS * consumer <= (w4a8_plan.CONSUMERS + 1) * kernel.registers
+    producer, consumer = walk.REGISTERS
+    assert producer + walk.CONSUMERS * consumer <= (walk.CONSUMERS + 1) * kernel.registers
