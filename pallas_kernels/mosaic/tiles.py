@@ -96,28 +96,33 @@ def _ahead_if_it_fits(tile: Tile, columns: int) -> Tile:
 
 
 def decode_tile(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> Tile:
-    """A first choice, unmeasured: one wave of programs, each with four consumer warpgroups or nearly.
+    """A first choice: what was fastest on an H200 at 22016x4096, 8192x8192 and 4096x4096, by how it fills the chip.
 
-    Shares of K cost a second launch, which adds them: for weights that leave three quarters of the chip idle.
-    Half of the shared memory at most, where that leaves two stages: the next launch's programs fit beside this one's
-    and start while it ends.
+    One wave of programs, each with two to four consumer warpgroups; for more than 64 rows of x the largest tile of
+    which there are half as many as multiprocessors. Shares of K cost a second launch, which adds them: for weights that
+    leave half of the chip idle, or three quarters where rows are few. Up to 32 rows half of the shared memory at most,
+    where that leaves two stages: the next launch's programs fit beside this one's and start while it ends.
     """
     tile_m = min(128, max(8, 1 << (m - 1).bit_length()))
-    blocks = 2 if tile_m < 128 else 1
+    row_groups = 2 if m > 64 else min(3, -(-n // (ROWS * sms)))
+    if m > 64 and 2 * -(-n // (2 * ROWS)) * -(-m // tile_m) <= sms:
+        row_groups = 1
+        if 2 * -(-n // ROWS) * -(-m // tile_m) <= sms:
+            tile_m = 64
+    blocks = 1 if m > 64 or (m > 32 and row_groups == 3) else 2
     tiles, rounds = -(-n // ROWS) * -(-m // tile_m), -(-k // (BLOCK * blocks))
-    row_groups = 2 if m > 64 else min(3, -(-tiles // sms))
     split_k = 1
-    while 4 * split_k * tiles <= sms and rounds // (2 * split_k) >= 4:
+    while (2 if tile_m == 64 else 4) * split_k * tiles <= sms and rounds // (2 * split_k) >= 4:
         split_k *= 2
-    k_groups = {1: 4, 2: 2, 3: 1}[row_groups]
+    k_groups = {1: 2 if m > 32 else 4, 2: 1 if m > 64 else 2, 3: 1}[row_groups]
     tile = Tile(tile_m, row_groups, k_groups, split_k, 0, blocks, 0)
     while tile.k_groups > 1 and (rounds // split_k < 2 * tile.k_groups or not tile.fits_registers(columns)):
         tile = dataclasses.replace(tile, k_groups=tile.k_groups // 2)
     while tile.row_groups > 1 and not tile.fits_registers(columns):
         tile = dataclasses.replace(tile, row_groups=tile.row_groups - 1)
-    tile = _ahead_if_it_fits(tile, columns)
+    tile = _ahead_if_it_fits(tile, columns) if blocks > 1 or columns > 1 else tile
     half = _with_stages(tile, columns, smem // 2)
-    return half if half.stages >= 2 * tile.k_groups else _with_stages(tile, columns, smem)
+    return half if m <= 32 and half.stages >= 2 * tile.k_groups else _with_stages(tile, columns, smem)
 
 
 def candidates(m: int, n: int, k: int, columns: int, sms: int, smem: int) -> list[Tile]:
