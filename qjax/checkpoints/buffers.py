@@ -16,6 +16,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 _ALIGNMENT = 64  # what XLA asks of memory that it takes over
+_HUGE = 2 << 20  # bytes of a huge page: one fault, where small pages are 512
+_SPARE = 16  # the end of the last huge page is at most one part of so many
 THREADS = min(8, os.cpu_count() or 1)
 _ROWS = 64  # rows and columns that are transposed at a time
 _COPY = 1 << 21  # bytes that a thread copies at a time
@@ -37,10 +39,11 @@ class Deferred(Protocol):
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that XLA can take over without a copy, its values undefined."""
+    """An array that XLA can take over without a copy, its values undefined; in whole huge pages where it fills them."""
     size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
+    alignment = _HUGE if size > _SPARE * (-size % _HUGE) else _ALIGNMENT
+    raw = np.empty(size + 2 * alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
     return raw[start : start + size].view(dtype).reshape(shape)
 
 

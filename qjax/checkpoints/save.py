@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ type Arrays = Mapping[str, jax.Array | np.ndarray]
 WRITERS: dict[str, tuple[Callable[[QTensor, str], Arrays], Callable[..., dict[str, Any]]]] = {
     "qjax": (lambda w, module: native.to_arrays(w, f"{module}.weight"), lambda weights, dense: native.config(weights)),
     "gptq": (gptq_write.to_arrays, gptq_write.config),
+    "gptq_v2": (partial(gptq_write.to_arrays, version="gptq_v2"), partial(gptq_write.config, version="gptq_v2")),
     "compressed-tensors": (compressed_tensors_write.to_arrays, compressed_tensors_write.config),
 }
 
@@ -60,8 +62,8 @@ def save(
       path: the folder to make.
       source: the folder that the model was loaded from: its config.json is the new one's, but for the quantization, and
         its tokenizer, generation settings and licence are copied.
-      format: "qjax" holds every QTensor (`qjax.checkpoints.native`); "gptq" (version 1) and "compressed-tensors"
-        (pack-quantized) hold integer weights in groups of K, for other tools.
+      format: "qjax" holds every QTensor (`qjax.checkpoints.native`); "gptq" (version 1), "gptq_v2" and
+        "compressed-tensors" (pack-quantized) hold integer weights in groups of K, for other tools.
       overwrite: replace `path` if it is a checkpoint folder.
 
     Raises:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import foreign
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def assert_same(first: Path, second: Path) -> None:
         np.testing.assert_array_equal(a[name], b[name])
 
 
-@pytest.mark.parametrize("to", ["qjax", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("to", ["qjax", "gptq", "gptq_v2", "compressed-tensors"])
 @pytest.mark.parametrize(
     "scheme",
     ["w4a16", "w4a16:group_size=32,symmetric=false", "w8a16", "w8a16:group_size=64,symmetric=false", "w3a16", "w2a16"],
@@ -44,7 +45,19 @@ def test_what_qjax_quantizes_is_written_and_read_to_the_bit(scheme: str, to: str
     assert_same(tmp_path / "ours", tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("to", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_both_versions_of_gptq_load_to_equal_qtensors(bits: int, tmp_path: Path) -> None:
+    model = qjax.nnx.quantize(qjax.load(PYLM), {"layers/0/.*": f"w{bits}a16:symmetric=false"})
+    for version in ("gptq", "gptq_v2"):
+        save(model, tmp_path / version, source=PYLM, format=version)
+    first, second = (read_weights(tmp_path / version) for version in ("gptq", "gptq_v2"))
+    assert first and jax.tree.structure(first) == jax.tree.structure(second)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    zeros = [CheckpointFiles.open(tmp_path / v)["model.layers.0.mlp.up_proj.qzeros"] for v in ("gptq", "gptq_v2")]
+    assert not np.array_equal(*zeros)
+
+
+@pytest.mark.parametrize("to", ["gptq", "gptq_v2", "compressed-tensors"])
 def test_modules_of_several_kinds_and_dense_ones_keep_their_kind(to: str, tmp_path: Path) -> None:
     rules = {"layers/0/mlp/.*": "w8a16:group_size=64", "layers/[01]/.*proj": "w4a16:symmetric=false"}
     model = qjax.nnx.quantize(qjax.load(PYLM), rules)
@@ -57,9 +70,10 @@ def test_modules_of_several_kinds_and_dense_ones_keep_their_kind(to: str, tmp_pa
 
 @pytest.mark.parametrize("index", ["order", "random"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("to", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("to", ["gptq", "gptq_v2", "compressed-tensors"])
 def test_act_order_survives_a_conversion(to: str, bits: int, index: str, tmp_path: Path) -> None:
-    made = foreign.gptq(np.random.default_rng(0), bits=bits, n=32, k=128, group=32, index=index)
+    version = "gptq_v2" if to == "gptq_v2" else "gptq"
+    made = foreign.gptq(np.random.default_rng(0), bits=bits, n=32, k=128, group=32, version=version, index=index)
     (name, w), *_ = read_weights(foreign.write(tmp_path / "in", made)).items()
     from qjax.checkpoints.save import WRITERS
     from qjax.checkpoints.write import write_folder
@@ -68,7 +82,7 @@ def test_act_order_survives_a_conversion(to: str, bits: int, index: str, tmp_pat
     config = {"quantization_config": settings({name: w}, [])}
     write_folder(tmp_path / "out", tensors=to_arrays(w, name), config=config)
     assert_same(tmp_path / "in", tmp_path / "out")
-    if to == "gptq":  # and as the tool would have written it
+    if to == version:  # and as the tool would have written it
         files = CheckpointFiles.open(tmp_path / "out")
         for key, array in made.tensors.items():
             np.testing.assert_array_equal(files[f"{name}.{key}"], array)
@@ -100,7 +114,7 @@ def test_the_version_and_groups_that_other_tools_ask_for_are_in_the_config(tmp_p
         ("w8a8_int8", "compressed-tensors", "has activations that are quantized"),
         ("fp8:granularity=block", "gptq", "e4m3 weights, blocks of 128 rows"),
         ("w5a16", "gptq", "5 bits; GPTQ has 2, 3, 4, 8"),
-        ("w4a16", "marlin", "format='marlin'; known: qjax, gptq, compressed-tensors"),
+        ("w4a16", "marlin", "format='marlin'; known: qjax, gptq, gptq_v2, compressed-tensors"),
     ],
 )
 def test_what_a_format_has_no_place_for_is_refused(scheme: str, to: str, message: str, tmp_path: Path) -> None:

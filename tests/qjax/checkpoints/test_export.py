@@ -1,6 +1,7 @@
 """Folders for other tools, read by what is not ours: decoders written here by the definitions, and the tools."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ def fields(words: np.ndarray, bits: int) -> np.ndarray:
     return stream.reshape(len(words), -1, bits) @ (1 << np.arange(bits))
 
 
-def gptq(folder: Path, module: str, bits: int) -> np.ndarray:
-    """`[K, N]`: `(q - (z + 1)) s`, codes along K in each column, zero points less one along N, groups by `g_idx`."""
+def gptq(folder: Path, module: str, bits: int, *, less: int = 1) -> np.ndarray:
+    """`[K, N]`: `(q - (z + less)) s`, codes along K in each column, zero points along N, groups by `g_idx`."""
     t = {name.removeprefix(f"{module}."): a for name, a in tensors_of(folder).items() if name.startswith(f"{module}.")}
     q = fields(t["qweight"].T, bits).T
-    zero = (fields(t["qzeros"], bits) + 1) % 2**bits
+    zero = (fields(t["qzeros"], bits) + less) % 2**bits
     return (q - zero[t["g_idx"]]) * t["scales"].astype(np.float64)[t["g_idx"]]
 
 
@@ -51,7 +52,7 @@ def compressed(folder: Path, module: str, bits: int) -> np.ndarray:
     return ((q - zero[:, group]) * scale[:, group]).T
 
 
-DECODERS = {"gptq": gptq, "compressed-tensors": compressed}
+DECODERS = {"gptq": gptq, "gptq_v2": partial(gptq, less=0), "compressed-tensors": compressed}
 
 
 def check(model: Any, folder: Path, to: str) -> None:
@@ -118,12 +119,15 @@ def test_transformers_runs_a_compressed_tensors_folder(scheme: str, tmp_path: Pa
 
 # GPTQModel 7.7 refuses folders of version 1 with zero points that it has not written itself.
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["w4a16", "w8a16:group_size=64"])
-def test_gptqmodel_runs_a_gptq_folder(scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "to"),
+    [("w4a16", "gptq"), ("w8a16:group_size=64", "gptq"), ("w4a16", "gptq_v2"), ("w4a16:symmetric=false", "gptq_v2")],
+)
+def test_gptqmodel_runs_a_gptq_folder(scheme: str, to: str, tmp_path: Path) -> None:
     why = "to read the folder by the tool that it is for takes torch and gptqmodel"
     torch, tool = pytest.importorskip("torch", reason=why), pytest.importorskip("gptqmodel", reason=why)
     folder = tmp_path / "out"
-    qjax.save(qjax.nnx.quantize(qjax.load(PYLM), scheme), folder, source=PYLM, format="gptq")
+    qjax.save(qjax.nnx.quantize(qjax.load(PYLM), scheme), folder, source=PYLM, format=to)
     ids = np.arange(24).reshape(2, 12) * 7
     theirs = tool.GPTQModel.load(str(folder), backend=tool.BACKEND.TORCH, device="cpu", dtype=torch.float16)
     with torch.no_grad():

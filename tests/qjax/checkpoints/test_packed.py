@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qjax.checkpoints import packed as packed_words
-from qjax.checkpoints.buffers import copied, placed
+from qjax.checkpoints.buffers import copied, empty, placed
 from qjax.checkpoints.codes import Bytes, Codes, NibblesAcross, Ordered, Stream
 from qjax.checkpoints.finite import count_bad
 from qjax.checkpoints.packed import Packed
@@ -106,6 +106,15 @@ def test_copies_are_equal_and_device_memory_as_they_are() -> None:
         np.testing.assert_array_equal(placed(given), given)
     array[:] = 0
     assert found.any()
+
+
+@pytest.mark.parametrize(
+    ("size", "alignment"), [(100, 64), (3 << 20, 64), (2 << 20, 2 << 20), ((64 << 20) - 4, 2 << 20)]
+)
+def test_memory_begins_with_a_huge_page_where_such_pages_are_filled(size: int, alignment: int) -> None:
+    found = empty((size // 4,), np.dtype(np.float32))
+    assert found.nbytes == size and found.ctypes.data % alignment == 0
+    assert found.base is not None and found.base.nbytes == size + 2 * alignment
 
 
 class Recorder:
