@@ -48,18 +48,20 @@ demo: setup
 	$(bin)/python examples/demo.py
 
 test: setup $(if $(AOT),try-cuda-compiler)
-	$(compiled) $(bin)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(compiled) $(bin)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-# Readers of files, the command, checks of checks and what is built on products alone run on the pinned JAX only.
+# Readers of files, the command, checks of checks and what is built on products alone run on the pinned JAX only. XLA
+# compiles for the newest without LLVM's optimizations, a quarter of the time: those are on in `make test`.
 elsewhere = $(addprefix --ignore=tests/,benchmarks gpu test_architecture.py test_packaging.py test_readme.py \
   $(addprefix qjax/,bench budget calibration checkpoints cli quality))
 
+test-newest: export XLA_FLAGS = --xla_backend_optimization_level=0
 test-newest:
 	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=requirements/jax-newest.txt AOT= \
 	  ARGS='-m "not slow" --cases 3 $(elsewhere) $(ARGS)'
 
 test-aot: cuda-compiler
-	QJAX_AOT=all $(bin)/python -m pytest -n $(WORKERS) tests/aot $(ARGS)
+	QJAX_AOT=all $(bin)/python -m pytest -n $(WORKERS) --dist worksteal tests/aot $(ARGS)
 
 test-gpu:
 	@scripts/build-ffi $(PYTHON)

@@ -40,11 +40,12 @@ def _some_cases(items: list[pytest.Item], most: int) -> list[pytest.Item]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out cases that were not asked for, and skips what needs a GPU unless this run is on one."""
+    """Leaves out cases that were not asked for, puts slow tests first, and skips what needs a GPU unless on one."""
     if most := config.getoption("--cases"):
         kept = _some_cases(items, most)
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # none is left for the end
     if ON_GPU:
         return
     skip = pytest.mark.skip(reason="needs a GPU: set QJAX_TEST_GPU=1")

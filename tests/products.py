@@ -7,6 +7,7 @@ for is computed here in float64 numpy from the formulas of `docs/design.md`, not
 
 import dataclasses
 import functools
+import heapq
 import itertools
 import math
 import random
@@ -133,16 +134,26 @@ def can_run(route: Route, product: Product, device: Device) -> bool:
 
 
 def covering[T](items: Iterable[T], facets: Callable[[T], Iterable[Hashable]], seed: int = 0) -> list[T]:
-    """A part of `items` in which every facet of any of them occurs: in random order, each that adds one is taken."""
+    """A part of `items` in which every facet of any of them occurs: each time one that adds most of them.
+
+    Among those that add as many the seed decides.
+    """
     shuffled = list(items)
     random.Random(seed).shuffle(shuffled)
+    missing = [set(facets(item)) for item in shuffled]
+    # What an item adds only shrinks, so one that still adds what it did when it was put here is ahead of all the rest.
+    most = [(-len(new), i) for i, new in enumerate(missing)]
+    heapq.heapify(most)
     seen: set[Hashable] = set()
     taken = []
-    for item in shuffled:
-        new = set(facets(item)) - seen
-        if new:
-            seen |= new
-            taken.append(item)
+    while most:
+        added, i = heapq.heappop(most)
+        missing[i] -= seen
+        if len(missing[i]) == -added:
+            seen |= missing[i]
+            taken.append(shuffled[i])
+        elif missing[i]:
+            heapq.heappush(most, (-len(missing[i]), i))
     return taken
 
 

@@ -61,12 +61,14 @@ def unsupported(m: int, k: int, n: int, *, transposed: bool, **facts: Any) -> st
     return why_not(k, n, **facts)
 
 
-def _tallest(group: int, cc: int, sums: bool = False) -> int:
+def _tallest(group: int, cc: int, sums: bool = False, shifts_values: bool = False) -> int:
     """Rows of x that a program can have. Blackwell keeps sums of a block's groups in a memory of 512 columns; before
-    Hopper's tensor cores registers are too few for sums of x besides."""
+    Hopper's tensor cores registers are too few for sums of x besides, on Hopper for zero points of groups of 16."""
     if cc >= 100:
         return 256 // max(1, BLOCK // group)
-    return 32 if sums and cc < 90 else 256
+    if cc < 90:
+        return 32 if sums else 256
+    return 64 if shifts_values and group == 16 else 256
 
 
 def configs(
@@ -301,11 +303,8 @@ def matmul(
         None if zero_point is None else zero_point.dtype.name, scale.shape[0] == 1 < n, scale.shape[1] == 1,
         Tile(0, 0, 0, 0, 0), interpret,
     )  # fmt: skip
-    tile = (
-        Tile(**config)
-        if config
-        else packed_tile(m, n, blocks, plan.bits, _tallest(group, cc, plan.sums), sms, smem, cc)
-    )
+    tallest = _tallest(group, cc, plan.sums, plan.shifts_values)
+    tile = Tile(**config) if config else packed_tile(m, n, blocks, plan.bits, tallest, sms, smem, cc)
     plan = dataclasses.replace(plan, tile=tile)
     whole = tile.split_k == 1 and all(v is None for v in (global_scale, bias, activation, residual))
     out_dtype = jnp.dtype(out_dtype or x.dtype)

@@ -43,13 +43,14 @@ class Case:
     def __str__(self) -> str:
         return f"{self.device}-{self.route}-{self.product}".replace(" ", "-")
 
-    def facets(self) -> Iterator[Hashable]:
-        """What a part of the cases has to contain once. Of XLA's own forms less: it is XLA that makes the kernels."""
+    def facets(self) -> Iterator[tuple[Hashable, ...]]:
+        """What a part of a kernel's cases has to contain once. Less of XLA's own forms: XLA makes those kernels."""
         p = self.product
-        yield from ((self.route, p.scheme, p.transposed), (self.route, p.variant), (self.route, p.m, p.n))
-        yield from ((self.route, self.device), (self.route, self.config))
+        yield from (("scheme", p.scheme), ("format", p.weight.scheme.weight, p.transposed), ("variant", p.variant))
+        yield from (("shape", p.m, p.n), ("device", self.device), ("config", self.config))
         if not self.route.startswith("xla."):
-            yield from ((self.route, p.scheme, p.m > 16), (self.route, self.device, p.m))
+            yield from (("transposed", p.scheme, p.transposed), ("many rows", p.scheme, p.m > 16))
+            yield "rows", self.device, p.m
 
 
 def every() -> list[Case]:
@@ -65,8 +66,8 @@ def every() -> list[Case]:
 
 
 def subset(cases: list[Case]) -> list[Case]:
-    """A part of cases with every facet of them."""
-    return covering(cases, Case.facets)
+    """A part of cases with every facet of each kernel's."""
+    return covering(cases, lambda case: ((case.route, *facet) for facet in case.facets()))
 
 
 def tuned() -> list[Case]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,12 @@ SCHEMES = (
     "nvfp4",
     "w8a8_fp8:granularity=block,activation=block",
 )
+KINDS = (AxisType.Auto, AxisType.Explicit)
+
+
+def in_turn(schemes: Sequence[str], layouts: Sequence[str]) -> list[tuple[str, str, AxisType]]:
+    """Each scheme with each layout, and both kinds of axes with each of either, in turn."""
+    return [(s, l, KINDS[(i + j) % 2]) for i, s in enumerate(schemes) for j, l in enumerate(layouts)]  # noqa: E741
 
 
 def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
@@ -52,9 +59,7 @@ def collectives(f: object, *args: object) -> list[tuple[str, str, int]]:
     return [(kind, dtype, int(np.prod([int(d) for d in dims.split(",") if d]))) for dtype, dims, kind in found]
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("scheme", "layout", "kind"), in_turn(SCHEMES, list(LAYOUTS)))
 def test_product_and_gradient_equal_one_device(scheme: str, layout: str, kind: AxisType):
     mesh, (kernel, rows) = mesh_of(kind), LAYOUTS[layout]
     w = qjax.quantize_array(KERNEL, scheme)
@@ -86,7 +91,7 @@ def test_axes_that_are_auto_only_inside_of_a_function_give_the_same_product(layo
         np.testing.assert_allclose(jax.jit(inside)(x, placed), qjax.matmul(X, w), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 def test_fsdp_moves_codes_where_they_weigh_less_than_x(kind: AxisType):
     mesh = mesh_of(kind)
     w = qjax.sharding.shard(qjax.quantize_array(KERNEL, "w4a16"), mesh, P(None, "d"))
@@ -97,9 +102,13 @@ def test_fsdp_moves_codes_where_they_weigh_less_than_x(kind: AxisType):
     assert not {size for _, dtype, size in moved if dtype == "f32"} & {4096 * K, K * N}, moved
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
-@pytest.mark.parametrize("layout", ["columns", "rows", "fsdp k", "both"])
-@pytest.mark.parametrize("scheme", ["w4a16:symmetric=false", "nf4:double_quant=true", "nvfp4", "fp8:granularity=block"])
+@pytest.mark.parametrize(
+    ("scheme", "layout", "kind"),
+    in_turn(
+        ["w4a16:symmetric=false", "nf4:double_quant=true", "nvfp4", "fp8:granularity=block"],
+        ["columns", "rows", "fsdp k", "both"],
+    ),
+)
 def test_a_kernel_is_dequantized_where_its_codes_lie(scheme: str, layout: str, kind: AxisType):
     mesh, (spec, _) = mesh_of(kind), LAYOUTS[layout]
     w = qjax.quantize_array(KERNEL, scheme)
@@ -164,7 +173,7 @@ def test_on_an_explicit_mesh_a_cut_group_is_found_at_trace():
         jax.jit(qjax.matmul)(jax.device_put(X, NamedSharding(mesh, P(None, None))), cut)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 def test_outside_of_jit_a_cut_group_names_the_weight(kind: AxisType):
     mesh = mesh_of(kind)
     w = qjax.quantize_array(jnp.ones((1024, 64)), "w4a16:group_size=512")

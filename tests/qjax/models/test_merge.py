@@ -29,8 +29,17 @@ def made(**options: bool) -> Llama:
     return model
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("scheme", [None, "w4a16:group_size=32", "w8a8_int8", "nvfp4", "fp8:granularity=tensor"])
+@pytest.mark.parametrize(
+    ("scheme", "biased"),
+    [
+        (None, False),
+        (None, True),
+        ("w4a16:group_size=32", False),
+        ("w8a8_int8", True),
+        ("nvfp4", False),
+        ("fp8:granularity=tensor", True),
+    ],
+)
 def test_a_merged_model_gives_the_logits_of_the_model_it_was(scheme, biased):
     model = made(qkv_bias=biased, mlp_bias=biased)
     if scheme is not None:

@@ -146,7 +146,7 @@ int Main() {
           if ((zero && !is_int) || (int8_x && (!is_int || (kind.bits != 4 && kind.bits != 8)))) continue;
           if (int8_x && transposed) continue;
           if (int8_x && group < (kind.bits == 4 ? 32 : 128)) continue;
-          const Case c{kind.type, kind.bits, m, 392, m == 129 || transposed ? 150 : 1100, group, zero, int8_x, transposed};
+          const Case c{kind.type, kind.bits, m, 392, m == 129 || transposed ? 54 : 684, group, zero, int8_x, transposed};
           if (!Agrees(c, pool)) {
             std::printf("bits %d m %d group %d zero %d int8 x %d transposed %d\n", c.bits, int(m), int(group), zero,
                         int8_x, transposed);
