@@ -61,6 +61,7 @@ UNMEASURED = Efficiency(0.1, 0.1, 1e-5, "not measured: placed behind what was")
 # By (route, platform, whether codes are packed); the first row whose m_max is large enough holds.
 # XLA turns a product with one row into multiply-and-sum and fuses the dequantization into it.
 _H200 = "H200, jax 0.11.2, 22016 x 4096: "
+_TABLES = ("nf4", "fp4", "e2m1")
 _EPYC = "2 cores of an EPYC 9005, jax 0.11.2, 4096 x 4096: "
 MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
     ("xla.reference", "gpu", True): (
@@ -80,6 +81,8 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         ),
     ),
     ("triton.matmul_packed", "gpu", True): (
+        Efficiency(0.3, 0.42, 3.8e-6, _H200 + "38 us (nf4), 35 (mxfp4), 48 (nvfp4) at M=16", 0, 16, 0.0, _TABLES),
+        Efficiency(0.2, 0.42, 5.6e-6, _H200 + "55 us (nf4), 54 (mxfp4), 90 (nvfp4) at M=64", 0, 64, 0.0, _TABLES),
         Efficiency(0.55, 0.42, 3.8e-6, _H200 + "20 us (int4 g128) at M=1, 23 at 16", m_max=16),
         Efficiency(0.32, 0.42, 3.2e-6, _H200 + "30 us (int4 g128) at M=32", m_max=32),
         Efficiency(0.31, 0.42, 5.6e-6, _H200 + "37 us (int4 g128) at M=64", m_max=64),
@@ -92,21 +95,30 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.3, 0.46, 3e-6, _H200 + "828 us (int4 g128) at M=2048"),
     ),
     ("mosaic.matmul_few", "gpu", True): (
+        Efficiency(0.45, 1.0, 3.6e-6, _H200 + "26 us (nf4) at M=1", 0, 1, 0.0, ("nf4", "fp4")),
+        Efficiency(0.4, 1.0, 7.5e-6, _H200 + "32 us (nf4) at M=16", 0, None, 0.0, ("nf4", "fp4")),
+        Efficiency(0.72, 1.0, 3.6e-6, _H200 + "17 us (mxfp4), 19 (nvfp4) at M=1", 0, 1, 0.0, ("e2m1",)),
+        Efficiency(0.5, 1.0, 7.5e-6, _H200 + "27 us (mxfp4), 28 (nvfp4) at M=16", 0, None, 0.0, ("e2m1",)),
         Efficiency(0.81, 1.0, 3.6e-6, _H200 + "16 us (int4 g128) at M=1", m_max=1),
         Efficiency(0.79, 1.0, 5.5e-6, _H200 + "18 us (int4 g128) at M=8", m_max=8),
         Efficiency(0.72, 1.0, 7.5e-6, _H200 + "21 us (int4 g128) at M=16"),
     ),
     ("mosaic.matmul_packed", "gpu", True): (
+        Efficiency(0.41, 0.4, 7.6e-6, _H200 + "32 us (nf4) at M=1", 0, 32, 0.0, ("nf4", "fp4")),
+        Efficiency(0.29, 0.43, 8e-6, _H200 + "42 us (nf4) at M=64", 0, 64, 0.0, ("nf4", "fp4")),
+        Efficiency(0.21, 0.4, 8e-6, _H200 + "54 us (mxfp4), 83 (nvfp4) at M=64", 0, 64, 0.0, ("e2m1",)),
+        Efficiency(0.21, 0.4, 8e-6, "placed behind matmul_many", weights=_TABLES),
         Efficiency(0.64, 0.4, 7.6e-6, _H200 + "23 us (int4 g128) at M=1, 31 at 16, 23 at 32", m_max=32),
-        Efficiency(0.41, 0.43, 8e-6, _H200 + "32 us (int4 g128) at M=64", m_max=64),
-        Efficiency(0.41, 0.55, 1.4e-5, _H200 + "56 us (int4 g128) at M=128", m_max=128),
-        Efficiency(0.41, 0.6, 1.4e-5, _H200 + "90 us (int4 g128) at M=256", m_max=256),
+        Efficiency(0.41, 0.43, 6e-6, _H200 + "30 us (int4 g128) at M=64, 24 at 8192 x 8192", m_max=64),
+        Efficiency(0.41, 0.5, 5e-6, _H200 + "55 us (int4 g128) at M=128, 36 at 8192 x 8192", m_max=128),
+        Efficiency(0.41, 0.53, 3e-6, _H200 + "90 us (int4 g128) at M=256, 19 at 4096 x 4096", m_max=256),
         Efficiency(0.41, 0.57, 3e-6, _H200 + "641 us (int4 g128) at M=2048"),
     ),
     ("mosaic.matmul_many", "gpu", True): (
+        Efficiency(0.41, 0.42, 3e-6, _H200 + "866 us (nf4), 816 (mxfp4), 1034 (nvfp4) at M=2048", weights=_TABLES),
         Efficiency(0.41, 0.55, 1.8e-5, _H200 + "60 us (int4 g128) at M=128", m_max=128),
         Efficiency(0.41, 0.6, 1.3e-5, _H200 + "89 us (int4 g128) at M=256", m_max=256),
-        Efficiency(0.41, 0.6, 3e-6, _H200 + "620 us (int4 g128) at M=2048"),
+        Efficiency(0.41, 0.62, 3e-6, _H200 + "604 us (int4 g128) at M=2048, 437 at 8192 x 8192"),
     ),
     ("triton.matmul_8bit", "gpu", False): (
         Efficiency(0.7, 0.3, 3e-6, _H200 + "28 us (int8) at M=1, 30 at 16", m_max=16),
@@ -115,7 +127,8 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
     ("triton.matmul_w8a8", "gpu", False): (
         Efficiency(0.68, 0.5, 2.5e-6, _H200 + "29 us (int8) at M=64", m_max=64),
         Efficiency(0.68, 0.42, 3e-6, _H200 + "57 us (int8) at M=256", m_max=256),
-        Efficiency(0.7, 0.6, 5e-6, _H200 + "324 us (int8) at M=2048"),
+        Efficiency(0.7, 0.6, 5e-6, _H200 + "324 us (int8) at M=2048", weights=("int8",)),
+        Efficiency(0.7, 0.38, 5e-6, _H200 + "539 us (e4m3, blocks) at M=2048, 337 (rows) at 8192 x 8192"),
     ),
     ("mosaic.matmul_w8a8", "gpu", False): (
         Efficiency(0.5, 0.5, 1e-5, "placed behind what was measured", m_max=512),
@@ -123,7 +136,7 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.6, 0.59, 6e-6, _H200 + "325 us (e4m3) at M=2048"),
     ),
     ("mosaic.matmul_w4a8", "gpu", True): (
-        Efficiency(0.5, 0.36, 6e-6, _H200 + "524 us (int4 g128 by int8) at M=2048, 437 at 8192 x 8192"),
+        Efficiency(0.5, 0.49, 6e-6, _H200 + "364 us (int4 g128 by int8) at M=2048, 301 at 8192 x 8192"),
     ),
     ("triton.dequantize_dot", "gpu", True): (
         Efficiency(0.8, 0.62, 4e-6, _H200 + "114 us (int4 g128) at M=64, 662 at 2048", 2),
