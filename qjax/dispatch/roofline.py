@@ -81,15 +81,20 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         ),
     ),
     ("triton.matmul_packed", "gpu", True): (
+        Efficiency(0.32, 0.42, 3.8e-6, _H200 + "35 us (nf4) at M=1", 0, 1, 0.0, ("nf4", "fp4")),
+        Efficiency(0.4, 0.42, 3.8e-6, _H200 + "26 us (mxfp4), 34 (nvfp4) at M=1", 0, 1, 0.0, ("e2m1",)),
         Efficiency(0.3, 0.42, 3.8e-6, _H200 + "38 us (nf4), 35 (mxfp4), 48 (nvfp4) at M=16", 0, 16, 0.0, _TABLES),
         Efficiency(0.2, 0.42, 5.6e-6, _H200 + "55 us (nf4), 54 (mxfp4), 90 (nvfp4) at M=64", 0, 64, 0.0, _TABLES),
         Efficiency(0.55, 0.42, 3.8e-6, _H200 + "20 us (int4 g128) at M=1, 23 at 16", m_max=16),
+        Efficiency(0.3, 0.07, 3.6e-6, _H200 + "6.1 ms (nf4) at M=2048", weights=("nf4", "fp4")),
+        Efficiency(0.3, 0.3, 3.6e-6, _H200 + "839 us (mxfp4), 1563 (nvfp4) at M=2048", weights=("e2m1",)),
         Efficiency(0.32, 0.42, 3.2e-6, _H200 + "30 us (int4 g128) at M=32", m_max=32),
         Efficiency(0.31, 0.42, 5.6e-6, _H200 + "37 us (int4 g128) at M=64", m_max=64),
         Efficiency(0.3, 0.34, 3.6e-6, _H200 + "90 us (int4 g128) at M=128, 141 at 256", m_max=256),
         Efficiency(0.3, 0.42, 3.6e-6, _H200 + "870 us (int4 g128) at M=2048"),
     ),
     ("triton.matmul_tall", "gpu", True): (
+        Efficiency(0.3, 0.35, 1.1e-5, "placed behind matmul_many of Hopper", weights=_TABLES),
         Efficiency(0.3, 0.35, 1.1e-5, _H200 + "77 us (int4 g128) at M=128", m_max=128),
         Efficiency(0.3, 0.34, 3e-6, _H200 + "140 us (int4 g128) at M=256", m_max=256),
         Efficiency(0.3, 0.46, 3e-6, _H200 + "828 us (int4 g128) at M=2048"),
@@ -150,6 +155,7 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.34, 0.27, 4e-6, _H200 + "59 us (int8) at M=64, 177 at 256"),
     ),
     ("xla.multiply_reduce", "gpu", True): (
+        Efficiency(0.29, 1.0, 2.5e-6, _H200 + "35 us (nf4), 37 (mxfp4), 40 (nvfp4) at M=1", 0, 1, 0.0, _TABLES),
         Efficiency(0.36, 1.0, 2.5e-6, _H200 + "29 us (int4 g128) at M=1", m_max=1),
         Efficiency(0.28, 1.0, 2.5e-6, _H200 + "37 us (int4 g128) at M=2"),
     ),

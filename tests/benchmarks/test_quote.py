@@ -92,7 +92,7 @@ def test_the_table_of_kernels_is_what_dispatch_chooses() -> None:
     assert lines[1].startswith("| format | bits | scheme | A100 |") and "old" not in lines
     assert [line.split(" | ")[1] for line in lines[3:-1]] == [bits for _, bits, _ in WEIGHTS]
     w = qjax.quantize_array(jnp.ones((4096, 4096)), "nf4")
-    (row,) = qjax.explain(w, m=1, device="H100", x_dtype="bfloat16", backend="triton").rows
+    (row,) = qjax.explain(w, m=1, device="H100", x_dtype="bfloat16").rows
     (line,) = (line for line in lines if "| `nf4` |" in line)
     assert f"`{row.kernel}`" in line
 
