@@ -109,17 +109,13 @@ def decode(records: Records) -> str:
 def eight_bit(records: Records) -> str:
     """Weights and x of 8 bits: the library's products and what dispatch takes, at many and at few rows of x."""
     shapes = parse_shapes(MAIN_SHAPES)
-    (n, k), schemes = shapes[0], dict.fromkeys(r["scheme"] for r in records)
+    columns = [(2048, *shape, backend) for backend in ("cublaslt", "auto") for shape in shapes[:2]]
+    columns += [(64, *shapes[0], backend) for backend in ("cublaslt", "auto")]
     lines = [
-        [
-            f"`{scheme}`",
-            *(cell(records, scheme=scheme, backend="cublaslt", m=2048, n=n, k=k) for n, k in shapes),
-            *(cell(records, scheme=scheme, backend=backend, m=64, n=n, k=k) for backend in ("cublaslt", "auto")),
-        ]
-        for scheme in schemes
+        [f"`{scheme}`", *(cell(records, scheme=scheme, backend=of, m=m, n=n, k=k) for m, n, k, of in columns)]
+        for scheme in dict.fromkeys(r["scheme"] for r in records)
     ]
-    heads = [*(f"M = 2048, {n}x{k}" for n, k in shapes), "M = 64, first of these", "the same, `auto`"]
-    return table(["scheme", *heads], lines)
+    return table(["scheme", *(f"{m}, {n}x{k}, {backend}" for m, n, k, backend in columns)], lines)
 
 
 TABLES: dict[str, Callable[[Records], str]] = {

@@ -94,7 +94,7 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.3, 0.42, 3.6e-6, _H200 + "870 us (int4 g128) at M=2048"),
     ),
     ("triton.matmul_tall", "gpu", True): (
-        Efficiency(0.3, 0.35, 1.1e-5, "placed behind matmul_many of Hopper", weights=_TABLES),
+        Efficiency(0.3, 0.2, 1.1e-5, _H200 + "470 us (nf4), 274 (mxfp4), 503 (nvfp4) at M=512", weights=_TABLES),
         Efficiency(0.3, 0.35, 1.1e-5, _H200 + "77 us (int4 g128) at M=128", m_max=128),
         Efficiency(0.3, 0.34, 3e-6, _H200 + "140 us (int4 g128) at M=256", m_max=256),
         Efficiency(0.3, 0.46, 3e-6, _H200 + "828 us (int4 g128) at M=2048"),
@@ -112,7 +112,7 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.41, 0.4, 7.6e-6, _H200 + "32 us (nf4) at M=1", 0, 32, 0.0, ("nf4", "fp4")),
         Efficiency(0.29, 0.43, 8e-6, _H200 + "42 us (nf4) at M=64", 0, 64, 0.0, ("nf4", "fp4")),
         Efficiency(0.21, 0.4, 8e-6, _H200 + "54 us (mxfp4), 83 (nvfp4) at M=64", 0, 64, 0.0, ("e2m1",)),
-        Efficiency(0.21, 0.4, 8e-6, "placed behind matmul_many", weights=_TABLES),
+        Efficiency(0.21, 0.36, 8e-6, _H200 + "90 us (nf4), 75 (mxfp4) at M=128, 279, 219 at 512", weights=_TABLES),
         Efficiency(0.64, 0.4, 7.6e-6, _H200 + "23 us (int4 g128) at M=1, 31 at 16, 23 at 32", m_max=32),
         Efficiency(0.41, 0.43, 6e-6, _H200 + "30 us (int4 g128) at M=64, 24 at 8192 x 8192", m_max=64),
         Efficiency(0.41, 0.5, 5e-6, _H200 + "55 us (int4 g128) at M=128, 36 at 8192 x 8192", m_max=128),
@@ -120,7 +120,7 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.41, 0.57, 3e-6, _H200 + "641 us (int4 g128) at M=2048"),
     ),
     ("mosaic.matmul_many", "gpu", True): (
-        Efficiency(0.41, 0.42, 3e-6, _H200 + "866 us (nf4), 816 (mxfp4), 1034 (nvfp4) at M=2048", weights=_TABLES),
+        Efficiency(0.3, 0.39, 3e-6, _H200 + "243 us (nf4), 214 (mxfp4), 295 (nvfp4) at M=512", weights=_TABLES),
         Efficiency(0.41, 0.55, 1.8e-5, _H200 + "60 us (int4 g128) at M=128", m_max=128),
         Efficiency(0.41, 0.6, 1.3e-5, _H200 + "89 us (int4 g128) at M=256", m_max=256),
         Efficiency(0.41, 0.62, 3e-6, _H200 + "604 us (int4 g128) at M=2048, 437 at 8192 x 8192"),
@@ -137,8 +137,8 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
     ),
     ("mosaic.matmul_w8a8", "gpu", False): (
         Efficiency(0.5, 0.5, 1e-5, "placed behind what was measured", m_max=512),
-        Efficiency(0.6, 0.7, 6e-6, _H200 + "274 us (int8) at M=2048", weights=("int8",)),
-        Efficiency(0.6, 0.59, 6e-6, _H200 + "325 us (e4m3) at M=2048"),
+        Efficiency(0.6, 0.68, 6e-6, _H200 + "275 us (int8) at M=2048", weights=("int8",)),
+        Efficiency(0.6, 0.48, 6e-6, _H200 + "284 us (e4m3) at M=2048 of 8192 x 8192, 80 of 4096 x 4096"),
     ),
     ("mosaic.matmul_w4a8", "gpu", True): (
         Efficiency(0.5, 0.49, 6e-6, _H200 + "364 us (int4 g128 by int8) at M=2048, 301 at 8192 x 8192"),
