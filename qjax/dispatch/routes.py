@@ -110,7 +110,7 @@ ROUTES: tuple[Route, ...] = (
     Route("cublaslt.matmul", "cublaslt", "xla_ffi.cublaslt.matmul", BYTES,
           frozenset({"int8", "e4m3"}), frozenset({"global_scale"}), GPU, 75, m_min=1),
     Route("cublaslt.dense", "cublaslt", "xla_ffi.cublaslt.dense", BYTES,
-          AS_IT_IS, frozenset({"global_scale"}), GPU, 80, m_min=64),
+          AS_IT_IS, frozenset({"global_scale"}), GPU, 80, m_min=1),
     Route("cublaslt.microscaling", "cublaslt", "xla_ffi.cublaslt.microscaling", frozenset({"e4m3", "e5m2", "e2m1"}),
           frozenset({"e4m3", "e2m1"}), frozenset({"global_scale"}), GPU, 100, m_min=1),
     Route("cpu.matmul", "cpu", "xla_ffi.cpu.matmul", INTEGERS | TABLES | BYTES | {"e2m1"},

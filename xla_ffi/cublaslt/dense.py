@@ -5,9 +5,12 @@
     y[m, n] = s[n] * sum_k x[m, k] * code[n, k]
 
 The codes become x's dtype in one pass over the weight, which is exact, so that this pays where there are many rows of
-x; the scale multiplies the float32 sum.
+x; the scale multiplies the float32 sum. The product by the transpose, a gradient's, contracts over the rows that have
+the scales, of blocks too: there that pass makes values, and turns them.
 
-Numerics: exact products, float32 sums, one rounding.
+    y[m, k] = sum_n x[m, n] * round_to_x_dtype(code[n, k] * scale[n, k])
+
+Numerics: exact products, float32 sums, one rounding; by the transpose values are rounded, too.
 """
 
 from collections.abc import Callable
@@ -30,13 +33,11 @@ def unsupported(
     transposed: bool, features: frozenset[str] = frozenset(), cc: int, **_: Any,
 ) -> str | None:  # fmt: skip
     """Why this kernel cannot do a product, or None."""
-    if transposed:
-        return "it multiplies by the weight, not by its transpose"
     if weight not in ("int8", "e4m3", "e5m2"):
         return f"it reads codes of 8 bits, the weight is {weight}"
     if x_format is not None or x_dtype not in ("bfloat16", "float16"):
         return f"it takes x in bfloat16 or float16, not in {x_format or x_dtype}"
-    if group < k or 1 < block_n < n:
+    if not transposed and (group < k or 1 < block_n < n):
         return f"scales of {block_n} x {group}: it knows one a row, or one in all"
     if features & {"zero_point", "zero_point_real"}:
         return "it has no zero points"
@@ -85,6 +86,14 @@ def dense(
     return after.finish(multiply(call, Operands(x, w))[0], out_dtype)
 
 
+def _expanded(scale: jax.Array, shape: tuple[int, ...], block: tuple[int, int]) -> jax.Array:
+    """Scales of blocks for each element, or as they are along an axis where all have the same."""
+    for axis, (size, of_block) in enumerate(zip(shape, block, strict=True)):
+        if 1 < scale.shape[axis] < size:
+            scale = jax.lax.slice_in_dim(jnp.repeat(scale, of_block, axis=axis), 0, size, axis=axis)
+    return scale
+
+
 def matmul(
     x: jax.Array,
     packed: jax.Array,
@@ -96,19 +105,30 @@ def matmul(
     residual: jax.Array | None = None,
     out_dtype: Any = None,
     config: dict[str, int] | None = None,
+    transposed: bool = False,
+    group: int = 0,
+    block_n: int = 1,
     **_: Any,
 ) -> jax.Array:
     """The product of the module's docstring.
 
     Args:
-      x: bfloat16 or float16 `[M, K]`.
+      x: bfloat16 or float16 `[M, K]`, `[M, N]` if transposed.
       packed: int8, float8_e4m3fn or float8_e5m2 `[N, K]`.
-      scale: `[N, 1]` or `[1, 1]`; global_scale: `[]` or `[N]`, another factor.
+      scale: `[N, 1]` or `[1, 1]`, or `[ceil(N / block_n), ceil(K / group)]` if transposed; global_scale: `[]` or `[N]`,
+        another factor.
       (others: as `dense`)
 
     Returns:
-      `[M, N]` in `out_dtype`, default x's.
+      `[M, N]`, or, transposed, `[M, K]`, in `out_dtype`, default x's.
     """
+    if transposed:
+        w = packed.astype(jnp.float32) * _expanded(scale.astype(jnp.float32), packed.shape, (block_n, group))
+        if global_scale is not None:
+            w = w * (global_scale[:, None] if global_scale.ndim else global_scale).astype(jnp.float32)
+        w = jax.lax.optimization_barrier(w.astype(x.dtype).T)
+        after = dict(bias=bias, activation=activation, residual=residual)
+        return dense(x, w, **after, out_dtype=out_dtype, config=config)
     y = dense(x, jax.lax.optimization_barrier(packed.astype(x.dtype)), out_dtype=jnp.float32, config=config)
     y = y * scale[:, 0].astype(jnp.float32)
     if global_scale is not None:

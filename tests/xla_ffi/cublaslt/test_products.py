@@ -241,6 +241,19 @@ def test_dense_products_read_codes_of_eight_bits(dtype, w_dtype):
     assert_rounded_once(dense.matmul(x, w, s), f64(x) @ (f64(w) * f64(s)).T, dtype)
 
 
+@pytest.mark.parametrize("w_dtype", [jnp.int8, E4M3])
+@pytest.mark.parametrize("block", [(1, 136), (72, 136), (32, 64)], ids=str)
+def test_dense_products_by_the_transpose_round_values_and_the_result(w_dtype, block):
+    rng, (m, k, n) = np.random.default_rng(14), (5, 136, 72)
+    x, w = jnp.asarray(rng.normal(size=(m, n)), BF16), codes(rng, (n, k), w_dtype)
+    s = scales(rng, tuple(-(-size // of) for size, of in zip((n, k), block, strict=True)))
+    wide = np.repeat(np.repeat(f64(s), block[0], axis=0)[:n], block[1], axis=1)[:, :k]
+    y = dense.matmul(x, w, s, transposed=True, block_n=block[0], group=block[1])
+    exact = f64(x) @ (f64(w) * wide)
+    rounding = np.linalg.norm(f64(jnp.asarray(exact, BF16)) - exact)
+    assert np.linalg.norm(f64(y) - exact) <= 1.6 * rounding  # of values and of the result: sqrt(2) times one
+
+
 # -------------------------------------------------------------------------------------------------- scales of 32 and 16
 
 
