@@ -4,7 +4,7 @@ The nesting matters: a custom_vmap outside of a custom_vjp fails under `grad`. B
 weight adds a stack axis, over which one kernel call runs. How a product is cut over devices follows from where `packed`
 lies (`qjax.partition`), by the kind of mesh:
 
-    Auto           custom_partitioning with a Shardy rule: XLA's partitioner calls back
+    Auto           custom_partitioning with a Shardy rule: XLA's partitioner calls back (`qjax.lowered`)
     Explicit       shard_map built from the operands' types
     Manual         the local kernel: the caller's shard_map has cut the arrays
 
@@ -14,6 +14,7 @@ Where K is cut, local products are summed in float32 and the epilogue follows th
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from jax.sharding import AxisType, NamedSharding
 from qjax.activations import Rows
 from qjax.epilogue import apply_epilogue
 from qjax.kernel_call import call_kernel
+from qjax.lowered import call_lowered
 from qjax.partition import Axes, Plan, mesh_of, off_mesh, plan_product, product_axes, shardy_rule
 from qjax.qtensor import QTensor
 
@@ -87,6 +89,16 @@ def _local(call: Call, o: Operands, *, raw: bool = False) -> jax.Array:
     return y.reshape(*y.shape[:-2], *rows, y.shape[-1])
 
 
+def _local_once(platform: str, call: Call, o: Operands, *, raw: bool = False) -> jax.Array:
+    """`_local`, lowered once for all products alike."""
+    leaves, tree = jax.tree.flatten(o)
+
+    def local(*leaves: jax.Array) -> jax.Array:
+        return _local(call, jax.tree.unflatten(tree, leaves), raw=raw)
+
+    return call_lowered(local, (call, raw, tree), leaves, platform)
+
+
 def _finish(call: Call, o: Operands, y: jax.Array) -> jax.Array:
     """The epilogue outside of a kernel."""
     bias = o.bias
@@ -95,11 +107,11 @@ def _finish(call: Call, o: Operands, y: jax.Array) -> jax.Array:
     return apply_epilogue(y, bias, call.activation, o.residual, call.out_dtype)
 
 
-def _one_shard(call: Call, plan: Plan, o: Operands) -> jax.Array:
+def _one_shard(call: Call, plan: Plan, o: Operands, local: Callable[..., jax.Array] = _local) -> jax.Array:
     """What each device does: its product, and where K is cut the sum over those that hold the rest."""
     if not plan.sum_over:
-        return _local(call, o)
-    return _finish(call, o, jax.lax.psum(_local(call, o, raw=True), plan.sum_over))
+        return local(call, o)
+    return _finish(call, o, jax.lax.psum(local(call, o, raw=True), plan.sum_over))
 
 
 def _axes(call: Call, o: Operands) -> Axes:
@@ -126,10 +138,11 @@ def _auto(call: Call, tree: Any, shapes: tuple[tuple[tuple[int, ...], np.dtype],
         specs = [a.sharding.spec for a in jax.tree.leaves(arguments)]
         plan = plan_product(axes, leaves, specs, o.w, dict(mesh.shape))
         placed = jax.tree.unflatten(tree, [NamedSharding(mesh, spec) for spec in plan.operands])
+        local = functools.partial(_local_once, mesh.devices.flat[0].platform)
 
         return (
             mesh,
-            off_mesh(functools.partial(_one_shard, call, plan)),
+            off_mesh(functools.partial(_one_shard, call, plan, local=local)),
             NamedSharding(mesh, plan.result),
             (placed,),
         )

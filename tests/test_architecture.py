@@ -76,7 +76,8 @@ MAY_IMPORT = {
     "qjax.outliers": Row(f"{TENSOR} qjax.partition"),
     "qjax.delayed": Row(f"{TENSOR} qjax.partition"),
     "qjax.quantize_call": Row(f"{TENSOR} qjax.activations qjax.partition qjax.dispatch"),
-    "qjax.product": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.kernel_call"),
+    "qjax.lowered": Row("qjax.devices qjax.dispatch"),
+    "qjax.product": Row(f"{TENSOR} qjax.activations qjax.epilogue qjax.partition qjax.kernel_call qjax.lowered"),
     "qjax.partition": Row(TENSOR),
     "qjax.sharding": Row(f"{TENSOR} qjax.partition qjax.contract"),
     "qjax.kernel_call": Row(

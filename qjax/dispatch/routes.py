@@ -120,6 +120,11 @@ ROUTES: tuple[Route, ...] = (
 )
 # fmt: on
 
+# What kernels are lowered to, as `jax.export` asks to be told.
+CUSTOM_CALLS = (
+    "mosaic_gpu_v2", "__gpu$xla.gpu.triton", "qjax_cublaslt_matmul", "qjax_cpu_matmul", "qjax_cpu_quantize_rows",
+)  # fmt: skip
+
 # What is not in this table is quantized by the formula of `qjax.activations`, as XLA compiles it.
 QUANTIZERS = (
     Quantizer(

@@ -127,8 +127,7 @@ def matmul(
         if global_scale is not None:
             w = w * (global_scale[:, None] if global_scale.ndim else global_scale).astype(jnp.float32)
         w = jax.lax.optimization_barrier(w.astype(x.dtype).T)
-        after = dict(bias=bias, activation=activation, residual=residual)
-        return dense(x, w, **after, out_dtype=out_dtype, config=config)
+        return dense(x, w, bias=bias, activation=activation, residual=residual, out_dtype=out_dtype, config=config)
     y = dense(x, jax.lax.optimization_barrier(packed.astype(x.dtype)), out_dtype=jnp.float32, config=config)
     y = y * scale[:, 0].astype(jnp.float32)
     if global_scale is not None:
