@@ -12,18 +12,30 @@ Operands
                top is 127 or 448
 
 Work: a program has a row, a key-value head j with its H / J query heads, and one of `shares` parts of the slots that
-the row sees, so that a cache is read once, no further than the row is long, whatever its capacity:
+the row sees, so that a cache is read once, no further than the row is long, whatever its capacity. Where several
+queries share a cache, products are the tensor cores':
 
     keys [block, D] --dot q [D, heads]--> scores [block, heads] --softmax, as it goes--> weights
     values.T [D, block] --dot weights--> += out [D, heads]
+
+For that values have to change lanes (and codes their type), which costs more than it saves where a few queries share
+one. Then lanes multiply what they have loaded, `rows` slots side by side; nothing but scores crosses lanes:
+
+    lane l has 16 bytes of slots r, rows + r, ...   of each:  part of a score --3 shuffles--> score --> weight
+                                                              16 bytes of values * weight --> its own sums of row r
+
+Row r has a softmax of its own, and the rows' are joined at the end. Products of int8 codes are `dp4a`, four at a time:
+queries, and the weights of four slots, are two digits of 8 bits; four words of a slot each become four of a number
+each by 8 permutations of bytes. So a number costs 1.5 to 3 instructions where converting it alone would take two.
 
 The new key and value are never read from the cache: the program that stores them adds them from their registers, and
 no program loads the slot. Few rows and heads would leave most of the chip idle: then a row's slots are cut into
 shares, each gives its own softmax with the logarithm of its sum, and a small kernel weighs them together.
 
-Numerics: turned in float32 and rounded to row's dtype, as are the weights of the values; scores, softmax and sums are
-float32 (float32 operands are multiplied as such). Exponentials are powers of two, `ex2.approx`, off by 2 ulp. Codes are
-exact in 16 bits; their scales multiply scores and, before they are rounded, weights. Ties of int8 codes round up.
+Numerics: turned in float32 and rounded to row's dtype, as are the weights of the values for the tensor cores; scores,
+softmax and sums are float32 (float32 operands are multiplied as such). Exponentials are powers of two, `ex2.approx`,
+off by 2 ulp. Codes are exact in 16 bits; their scales multiply scores and, before they are rounded, weights. Digits: a
+query's numbers are rounded to its largest / 32512, weights to the largest of four / 65535. Ties of int8 codes round up.
 """
 
 import dataclasses
@@ -37,9 +49,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.result import result
+from pallas_kernels.triton import thread_products
 
 _COLUMNS = 8  # of the tensor cores' result, at least
 _BLOCK_BYTES = 16384  # of keys in flight a stage, and of values
+_GROUP_OF_LANES = 4  # query heads of a key-value head that lanes multiply codes for
+_WARPS_OF_LANES = {"int8": 2, "float8_e4m3fn": 4}  # by what the cache holds; 8 where that is no code
 _SHORTEST_SHARE = 128  # slots that are worth a program
 _TOP = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of a coded cache
 _NOTHING = -1e30  # a score of nothing: -inf would turn an empty share into NaN
@@ -47,12 +62,16 @@ _NOTHING = -1e30  # a score of nothing: -inf would turn an empty share into NaN
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A configuration: slots of a block, programs that share a row's slots, warps, blocks in flight."""
+    """A configuration: slots of a block, programs that share a row's slots, warps, blocks in flight.
+
+    `rows` slots of a block lie side by side over lanes that multiply, 16 bytes a lane; 0 takes the tensor cores.
+    """
 
     block: int
     shares: int
     warps: int
     stages: int
+    rows: int = 0
 
 
 def unsupported(*, heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: Any, smem: int, cc: int) -> str | None:
@@ -80,19 +99,26 @@ def unsupported(*, heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: 
     return None
 
 
-def tile_for(batch: int, kv_heads: int, capacity: int, head_dim: int, itemsize: int, sms: int, smem: int) -> Tile:
+def tile_for(heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: Any, sms: int, smem: int) -> Tile:
     """The tile for a cache `[batch, kv_heads, capacity, head_dim]`: programs for all multiprocessors, no slivers.
 
     Args:
-      itemsize: bytes of a number in registers, decoded.
+      heads: of queries.
+      dtype, cache_dtype: of the token and of the cache.
       sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have.
     """
-    shares = 1
+    batch, kv_heads, capacity, head_dim = cache
+    shares, wide, group = 1, pl.next_power_of_2(head_dim), heads // kv_heads
     while 4 * shares * batch * kv_heads < 3 * sms and capacity // (2 * shares) >= _SHORTEST_SHARE:
         shares *= 2
-    block = min(128, max(16, _BLOCK_BYTES // (pl.next_power_of_2(head_dim) * itemsize)))
     # Where a program has a multiprocessor to itself its own loads must cover the latency, else its neighbours' do.
-    alone = shares * batch * kv_heads <= sms
+    alone, kind = shares * batch * kv_heads <= sms, jnp.dtype(cache_dtype).name
+    if (group <= _GROUP_OF_LANES and not alone) if kind in _TOP else group == 1:
+        warps = _WARPS_OF_LANES.get(kind, 8)
+        rows = warps * 32 * 16 // (wide * jnp.dtype(cache_dtype).itemsize)
+        ahead = kind == "int8" and group > 1  # e4m3 that is kept is unpacked and packed
+        return Tile((8 if kind == "int8" and group == 1 else 4) * rows, shares, warps, 2 if ahead else 1, rows)
+    block = min(128, max(16, _BLOCK_BYTES // (wide * jnp.dtype(dtype).itemsize)))
     return Tile(block, shares, 4, (4 if smem >= 128 * 1024 else 3) if alone else 2)
 
 
@@ -109,6 +135,7 @@ class _Plan:
     window: int | None
     coded: bool  # whether the cache holds codes and scales
     tile: Tile
+    interpret: bool
 
     @property
     def group(self) -> int:
@@ -116,9 +143,15 @@ class _Plan:
         return self.heads // self.kv_heads
 
     @property
+    def parts(self) -> int:
+        """Into how many the query heads of a key-value head go: lanes take one at a time."""
+        return self.group if self.tile.rows else 1
+
+    @property
     def shape(self) -> tuple[int, int]:
-        """Of a head's numbers in registers, padded: a column for each query head."""
-        return pl.next_power_of_2(self.head_dim), max(_COLUMNS, pl.next_power_of_2(self.group))
+        """Of a part's numbers in registers, padded: a column for each query head."""
+        columns = 1 if self.tile.rows else max(_COLUMNS, pl.next_power_of_2(self.group))
+        return pl.next_power_of_2(self.head_dim), columns
 
 
 def _by_purpose(plan: _Plan, refs: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
@@ -163,6 +196,122 @@ def _stored(plan: _Plan, refs: tuple[Any, ...], at: tuple[Any, ...], x: jax.Arra
     return codes.astype(jnp.float32) * scale
 
 
+Sums = tuple[jax.Array, jax.Array, jax.Array]  # largest score, sum of weights, sum of values: `[C]`, `[C]`, `[D, C]`
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slots:
+    """The slots of one row and key-value head that a program reads: blocks `first` to `last` from slot `begin` on."""
+
+    plan: _Plan
+    of_keys: tuple[Any, ...]  # codes or numbers, and scales
+    of_values: tuple[Any, ...]
+    at: tuple[Any, Any]
+    begin: jax.Array
+    end: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+    def loaded(self, slots: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        """Keys and values `[slots, D]`, zeros past the end, and the scales of both."""
+        head_dim, wide = self.plan.head_dim, self.plan.shape[0]
+        columns = jnp.arange(wide)[None, :]
+        mask = jnp.broadcast_to((slots < self.end)[:, None], (slots.size, wide))
+        mask = mask if head_dim == wide else mask & (columns < head_dim)
+        keys, values = (
+            plgpu.load(ref.at[*self.at, slots[:, None], columns], mask=mask, other=jnp.zeros((), ref.dtype))
+            for ref in (self.of_keys[0], self.of_values[0])
+        )
+        scales = [
+            plgpu.load(ref.at[*self.at, slots], mask=slots < self.end, other=jnp.float32(0))
+            for ref in (*self.of_keys[1:], *self.of_values[1:])
+        ]
+        return keys, values, scales
+
+
+def _by_tensor_cores(slots: _Slots, queries: jax.Array) -> Sums:
+    """A block's keys are one product with all queries `[D, C]`, its values another with the weights."""
+    plan, block = slots.plan, slots.plan.tile.block
+    precision = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
+
+    def step(i: jax.Array, sums: Sums) -> Sums:
+        largest, total, attended = sums
+        here = slots.begin + i * block + jnp.arange(block)
+        keys, values, scales = slots.loaded(here)
+        scores = plgpu.dot(keys.astype(queries.dtype), queries, precision=precision)
+        scores = _capped(plan, scores * scales[0][:, None] if scales else scores)
+        scores = jnp.where((here < slots.end)[:, None], scores, jnp.float32(_NOTHING))
+        now = jnp.maximum(largest, jnp.max(scores, axis=0))
+        weights, faded = jnp.exp2(scores - now[None, :]), jnp.exp2(largest - now)
+        factors = (weights * scales[1][:, None] if scales else weights).astype(queries.dtype)
+        part = plgpu.dot(values.astype(queries.dtype), factors, trans_a=True, precision=precision)
+        return now, total * faded + jnp.sum(weights, axis=0), attended * faded[None, :] + part
+
+    columns = plan.shape[1]
+    nothing = jnp.full(columns, _NOTHING, jnp.float32), *map(jnp.zeros, (columns, plan.shape))
+    return jax.lax.fori_loop(slots.first, slots.last, step, nothing)
+
+
+def _by_lanes(slots: _Slots, queries: list[jax.Array]) -> list[Sums]:
+    """Each of the `rows` slots side by side has a softmax of its own: only a score crosses lanes before the end."""
+    plan, tile = slots.plan, slots.plan.tile
+    integers, threads = slots.of_keys[0].dtype == jnp.int8, 32 * tile.warps
+    digits = [thread_products.digits(query) if integers else (query,) for query in queries]
+
+    def slots_of(block: jax.Array) -> list[jax.Array]:
+        first = slots.begin + block * tile.block
+        return [first + row + jnp.arange(tile.rows) for row in range(0, tile.block, tile.rows)]
+
+    def score_of(digit: tuple[jax.Array, ...], slot: jax.Array, keys: jax.Array, scales: list[jax.Array]) -> jax.Array:
+        if integers:
+            high, low, scale = digit
+            score = thread_products.dot_of_codes(keys, high, low, threads, plan.interpret) * scale
+        else:
+            score = thread_products.dot(keys.astype(jnp.float32), digit[0], threads, plan.interpret)
+        score = _capped(plan, score * scales[0] if scales else score)
+        return jnp.where(slot < slots.end, score, jnp.float32(_NOTHING))
+
+    def step(i: jax.Array, state: tuple[list[Sums], Any]) -> tuple[list[Sums], Any]:
+        sums, loaded = state
+        following = None
+        if tile.stages == 1:
+            loaded = [slots.loaded(slot) for slot in slots_of(i)]
+        else:
+            following = [slots.loaded(slot) for slot in slots_of(i + 1)]
+        after = []
+        for digit, (largest, total, attended) in zip(digits, sums, strict=True):
+            scores = [
+                score_of(digit, slot, keys, scales) for slot, (keys, _, scales) in zip(slots_of(i), loaded, strict=True)
+            ]
+            now = functools.reduce(jnp.maximum, scores, largest)
+            faded, weights = jnp.exp2(largest - now), [jnp.exp2(score - now) for score in scores]
+            total, attended = sum(weights, total * faded), attended * faded[:, None]
+            values = [values for _, values, _ in loaded]
+            factors = [w * scales[1] if scales else w for w, (_, _, scales) in zip(weights, loaded, strict=True)]
+            if integers:
+                for at in (slice(first, first + 4) for first in range(0, len(values), 4)):
+                    attended = thread_products.add_scaled_codes(attended, values[at], factors[at], plan.interpret)
+            else:
+                for value, factor in zip(values, factors, strict=True):
+                    wide = value.astype(jnp.float32)
+                    attended = thread_products.add_scaled(attended, wide, factor, plan.interpret)
+            after.append((now, total, attended))
+        return after, following
+
+    nothing = jnp.full(tile.rows, _NOTHING, jnp.float32), jnp.zeros(tile.rows), jnp.zeros((tile.rows, plan.shape[0]))
+    begun = None if tile.stages == 1 else [slots.loaded(slot) for slot in slots_of(slots.first)]
+    found, _ = jax.lax.fori_loop(slots.first, slots.last, step, ([nothing] * plan.parts, begun))
+    return [_rows_joined(*sums) for sums in found]
+
+
+def _rows_joined(largest: jax.Array, total: jax.Array, attended: jax.Array) -> Sums:
+    """One softmax of several, `[R]`, `[R]`, `[R, D]`."""
+    now = jnp.max(largest, axis=0)
+    faded = jnp.exp2(largest - now)
+    total, attended = jnp.sum(total * faded, axis=0), jnp.sum(attended * faded[:, None], axis=0)
+    return now[None], total[None], attended[:, None]
+
+
 def _kernel(plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref: Any, *refs: Any) -> None:
     """One program: see the module's docstring."""
     tile, (of_keys, of_values, (out_ref, sums_ref), of_new_keys, of_new_values) = plan.tile, _by_purpose(plan, refs)
@@ -174,10 +323,9 @@ def _kernel(plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref
     cos, sin = (plgpu.load(ref.at[row, angle], mask=inside, other=jnp.float32(0)) for ref in (cos_ref, sin_ref))
 
     # The new token. Columns that are no query head's repeat the last one's.
-    column = jax.lax.broadcasted_iota(jnp.int32, plan.shape, 1)
-    head = kv_head * plan.group + jnp.minimum(column, plan.group - 1)
-    d_of_column = jax.lax.broadcasted_iota(jnp.int32, plan.shape, 0)
-    queries = _turned(plan, row_ref, row, head, d_of_column, cos[:, None], sin[:, None])
+    columns = [part * plan.shape[1] + jnp.arange(plan.shape[1]) for part in range(plan.parts)]
+    heads = [kv_head * plan.group + jnp.minimum(column, plan.group - 1)[None, :] for column in columns]
+    queries = [_turned(plan, row_ref, row, head, d[:, None], cos[:, None], sin[:, None]) for head in heads]
     key = _turned(plan, row_ref, row, plan.heads + kv_head, d, cos, sin)
     at = row_ref.at[row, plan.heads + plan.kv_heads + kv_head, d]
     value = plgpu.load(at, mask=inside, other=jnp.zeros((), row_ref.dtype))
@@ -191,51 +339,26 @@ def _kernel(plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref
     begin = jnp.int32(0) if plan.window is None else jnp.clip(position - (plan.window - 1), 0, end)
     blocks = jax.lax.div(end - begin + (tile.block - 1), jnp.int32(tile.block))
     a_share = jax.lax.div(blocks + (tile.shares - 1), jnp.int32(tile.shares))
-    shape = (tile.block, plan.shape[0])
-    columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    precision = jax.lax.Precision.HIGHEST if row_ref.dtype == jnp.float32 else None
-
-    def step(block: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        largest, total, attended = sums
-        first = begin + block * tile.block
-        slots = first + jnp.arange(tile.block)
-        mask = jnp.broadcast_to((slots < end)[:, None], shape)
-        mask = mask if plan.head_dim == shape[1] else mask & (columns < plan.head_dim)
-        keys, values = (
-            plgpu.load(ref.at[row, kv_head, slots[:, None], columns], mask=mask, other=jnp.zeros((), ref.dtype))
-            for ref in (of_keys[0], of_values[0])
-        )
-        of_slots = [
-            plgpu.load(ref.at[row, kv_head, slots], mask=slots < end, other=jnp.float32(0))[:, None]
-            for ref in (*of_keys[1:], *of_values[1:])
-        ]
-        scores = plgpu.dot(keys.astype(row_ref.dtype), queries, precision=precision)
-        scores = _capped(plan, scores * of_slots[0] if plan.coded else scores)
-        scores = jnp.where((slots < end)[:, None], scores, jnp.float32(_NOTHING))
-        now = jnp.maximum(largest, jnp.max(scores, axis=0))
-        weights, faded = jnp.exp2(scores - now[None, :]), jnp.exp2(largest - now)
-        factors = (weights * of_slots[1] if plan.coded else weights).astype(row_ref.dtype)
-        part = plgpu.dot(values.astype(row_ref.dtype), factors, trans_a=True, precision=precision)
-        return now, total * faded + jnp.sum(weights, axis=0), attended * faded[None, :] + part
-
     last = jnp.minimum((share + 1) * a_share, blocks)
-    nothing = jnp.full(plan.shape[1], _NOTHING, jnp.float32), *map(jnp.zeros, (plan.shape[1], plan.shape))
-    largest, total, attended = jax.lax.fori_loop(share * a_share, last, step, nothing)
+    slots = _Slots(plan, of_keys, of_values, (row, kv_head), begin, end, share * a_share, last)
+    if tile.rows:
+        found = _by_lanes(slots, [query.astype(jnp.float32).reshape(d.size) for query in queries])
+    else:
+        found = [_by_tensor_cores(slots, queries[0])]
 
     # Its own slot comes last, so that the first loads of the cache do not wait for the product with its key.
-    score = _capped(plan, jnp.sum(queries.astype(jnp.float32) * key[:, None], axis=0))
-    score = jnp.where(stored, score, jnp.float32(_NOTHING))
-    now = jnp.maximum(largest, score)
-    weight, faded = jnp.where(stored, jnp.exp2(score - now), jnp.float32(0)), jnp.exp2(largest - now)
-    largest, total = now, total * faded + weight
-    attended = attended * faded[None, :] + weight[None, :] * value[:, None]
-
-    total = jnp.where(total == 0, jnp.float32(1), total)  # an empty share: nothing / 1
-    heads = kv_head * plan.group + jnp.arange(plan.shape[1])
-    real = heads < (kv_head + 1) * plan.group
-    at = out_ref.at[share, row, heads[None, :], d[:, None]]
-    plgpu.store(at, (attended / total[None, :]).astype(out_ref.dtype), mask=inside[:, None] & real[None, :])
-    plgpu.store(sums_ref.at[share, row, heads], largest + jnp.log2(total), mask=real)
+    for column, query, (largest, total, attended) in zip(columns, queries, found, strict=True):
+        score = _capped(plan, jnp.sum(query.astype(jnp.float32) * key[:, None], axis=0))
+        score = jnp.where(stored, score, jnp.float32(_NOTHING))
+        now = jnp.maximum(largest, score)
+        weight, faded = jnp.where(stored, jnp.exp2(score - now), jnp.float32(0)), jnp.exp2(largest - now)
+        total = total * faded + weight
+        attended = attended * faded[None, :] + weight[None, :] * value[:, None]
+        total = jnp.where(total == 0, jnp.float32(1), total)  # an empty share: nothing / 1
+        real, head = column < plan.group, kv_head * plan.group + column
+        at = out_ref.at[share, row, head[None, :], d[:, None]]
+        plgpu.store(at, (attended / total[None, :]).astype(out_ref.dtype), mask=inside[:, None] & real[None, :])
+        plgpu.store(sums_ref.at[share, row, head], now + jnp.log2(total), mask=real)
 
 
 def _join_kernel(head_dim: int, shares: int, parts_ref: Any, sums_ref: Any, out_ref: Any) -> None:
@@ -297,8 +420,8 @@ def decode_attention(
     """
     batch, kv_heads, capacity, head_dim = keys.shape
     heads = row.shape[1] // head_dim - 2 * kv_heads
-    tile = Tile(**config) if config else tile_for(batch, kv_heads, capacity, head_dim, row.dtype.itemsize, sms, smem)
-    plan = _Plan(heads, kv_heads, head_dim, capacity, scale, softcap, window, key_scale is not None, tile)
+    tile = Tile(**config) if config else tile_for(heads, keys.shape, row.dtype, keys.dtype, sms, smem)
+    plan = _Plan(heads, kv_heads, head_dim, capacity, scale, softcap, window, key_scale is not None, tile, interpret)
     caches = tuple(a for a in (keys, values, key_scale, value_scale) if a is not None)
     operands = positions, cos, sin, row.reshape(batch, -1, head_dim), *caches
     shape, whole = (tile.shares, batch, heads, head_dim), tile.shares == 1

@@ -24,6 +24,9 @@ CASES = {
     "odd heads": ((3, 9, 3, 80, 640, "float16"), {}),
     "many queries": ((1, 128, 4, 128, 2048, "bfloat16"), {}),
     "int8 cache": ((64, 32, 32, 128, 1024, "bfloat16", "int8"), {}),
+    "int8 cache; few queries": ((64, 32, 8, 128, 1024, "bfloat16", "int8"), {}),
+    "fp8 cache; own": ((64, 32, 32, 128, 1024, "bfloat16", "float8_e4m3fn"), {}),
+    "many rows": ((64, 32, 32, 128, 1024, "bfloat16"), {}),
     "fp8 cache": ((64, 32, 8, 128, 1024, "bfloat16", "float8_e4m3fn"), {}),
     "float32": ((1, 32, 8, 128, 1024, "float32"), {}),
 }

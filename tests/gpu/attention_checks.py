@@ -56,8 +56,19 @@ CASES = (
     *(
         AttentionCase(heads, kv_heads, 128, 576, dtype, kind, rows)
         for kind in ("int8", "float8_e4m3fn")
-        for heads, kv_heads, dtype, rows in ((32, 32, "bfloat16", 1), (32, 8, "bfloat16", 16), (8, 8, "float16", 5))
-    ),
+        for heads, kv_heads, dtype, rows in (
+            (32, 32, "bfloat16", 1),
+            (32, 8, "bfloat16", 16),
+            (8, 8, "float16", 5),
+            (32, 32, "bfloat16", 24),
+            (32, 8, "bfloat16", 48),
+            (24, 12, "float16", 20),
+        )
+    ),  # fmt: skip
+    AttentionCase(8, 8, 80, 640, "float16", "int8", rows=30, window=300, softcap=50.0),
+    AttentionCase(8, 8, 256, 640, kind="int8", rows=30),
+    AttentionCase(32, 32, 128, 640, "float32", rows=6),
+    AttentionCase(8, 8, 64, 300, "float16", rows=40),
 )
 
 
