@@ -54,7 +54,7 @@ from pallas_kernels.triton import thread_products
 _COLUMNS = 8  # of the tensor cores' result, at least
 _BLOCK_BYTES = 16384  # of keys in flight a stage, and of values
 _GROUP_OF_LANES = 4  # query heads of a key-value head that lanes multiply codes for
-_WARPS_OF_LANES = {"int8": 2, "float8_e4m3fn": 4}  # by what the cache holds; 8 where that is no code
+_MANY = 8  # programs a multiprocessor that are better small
 _SHORTEST_SHARE = 128  # slots that are worth a program
 _TOP = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of a coded cache
 _NOTHING = -1e30  # a score of nothing: -inf would turn an empty share into NaN
@@ -99,6 +99,15 @@ def unsupported(*, heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: 
     return None
 
 
+def _lanes(kind: str, group: int, programs: int) -> tuple[int, int, int]:
+    """Warps, slots that a lane has of a block, blocks in flight: the best of some dozen on an H200."""
+    if kind != "int8":
+        return (4 if kind in _TOP else 8), 4, 1
+    if group > 1:
+        return 2, 4, 2
+    return (2, 8, 1) if programs >= _MANY else (4, 4, 1)
+
+
 def tile_for(heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: Any, sms: int, smem: int) -> Tile:
     """The tile for a cache `[batch, kv_heads, capacity, head_dim]`: programs for all multiprocessors, no slivers.
 
@@ -114,10 +123,9 @@ def tile_for(heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: Any, s
     # Where a program has a multiprocessor to itself its own loads must cover the latency, else its neighbours' do.
     alone, kind = shares * batch * kv_heads <= sms, jnp.dtype(cache_dtype).name
     if (group <= _GROUP_OF_LANES and not alone) if kind in _TOP else group == 1:
-        warps = _WARPS_OF_LANES.get(kind, 8)
+        warps, high, stages = _lanes(kind, group, batch * kv_heads // sms)
         rows = warps * 32 * 16 // (wide * jnp.dtype(cache_dtype).itemsize)
-        ahead = kind == "int8" and group > 1  # e4m3 that is kept is unpacked and packed
-        return Tile((8 if kind == "int8" and group == 1 else 4) * rows, shares, warps, 2 if ahead else 1, rows)
+        return Tile(high * rows, shares, warps, stages, rows)
     block = min(128, max(16, _BLOCK_BYTES // (wide * jnp.dtype(dtype).itemsize)))
     return Tile(block, shares, 4, (4 if smem >= 128 * 1024 else 3) if alone else 2)
 
