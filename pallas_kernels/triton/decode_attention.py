@@ -120,9 +120,10 @@ def tile_for(heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: Any, s
     shares, wide, group = 1, pl.next_power_of_2(head_dim), heads // kv_heads
     while 4 * shares * batch * kv_heads < 3 * sms and capacity // (2 * shares) >= _SHORTEST_SHARE:
         shares *= 2
-    # Where a program has a multiprocessor to itself its own loads must cover the latency, else its neighbours' do.
+    # Where a program has a multiprocessor to itself its own loads must cover the latency, else its neighbours' do:
+    # Triton loads ahead what tensor cores take.
     alone, kind = shares * batch * kv_heads <= sms, jnp.dtype(cache_dtype).name
-    if (group <= _GROUP_OF_LANES and not alone) if kind in _TOP else group == 1:
+    if (group <= _GROUP_OF_LANES and not alone) if kind in _TOP else group == 1 and (shares > 1 or not alone):
         warps, high, stages = _lanes(kind, group, batch * kv_heads // sms)
         rows = warps * 32 * 16 // (wide * jnp.dtype(cache_dtype).itemsize)
         return Tile(high * rows, shares, warps, stages, rows)
