@@ -9,17 +9,18 @@ It needs jax, numpy, ml_dtypes and absl; no pytest. The exit code is 1 if anythi
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # sanitizers run beside this process
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # sanitizers run while this process waits
     os.environ["LLVM_DISABLE_SYMBOLIZATION"] = "1"  # else a warning of the compiler costs a second
     os.environ["JAX_PLATFORMS"] = "cpu" if "--rehearse" in sys.argv else os.environ.get("JAX_PLATFORMS", "")
 
@@ -43,21 +44,22 @@ _SANITIZER_LIMIT = 300.0  # seconds, for each of two at once
 
 
 def run_cases(cases: list[Case], graphs: set[Case], deadline: float, results: Results) -> None:
-    """Compiles all cases in threads, then runs them one by one; those past the deadline are skipped."""
+    """Compiles all cases in threads, and runs one after another as they are ready; skips those past the deadline."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        compiled = {case: pool.submit(compile_case, case, case in graphs) for case in cases}
-        for done, (case, future) in enumerate(compiled.items()):
-            if time.monotonic() > deadline:
-                future.cancel()
-                results.skip(str(case), "no time left")
-                continue
-            try:
-                wrong, made = check(case, future.result())
-            except Exception as error:  # whatever it is: this case failed, the others go on
-                wrong, made = [f"{type(error).__name__}: {error}"], set()
-            results.add(str(case), wrong, made)
-            if done % 25 == 24:
-                print(f"{done + 1} of {len(cases)}, {len(results.failures)} failed", flush=True)
+        compiled = {pool.submit(compile_case, case, case in graphs): case for case in cases}
+        with contextlib.suppress(TimeoutError):
+            for done, future in enumerate(as_completed(dict(compiled), max(0.0, deadline - time.monotonic()))):
+                case = compiled.pop(future)
+                try:
+                    wrong, made = check(case, future.result())
+                except Exception as error:  # whatever it is: this case failed, the others go on
+                    wrong, made = [f"{type(error).__name__}: {error}"], set()
+                results.add(str(case), wrong, made)
+                if done % 25 == 24:
+                    print(f"{done + 1} of {len(cases)}, {len(results.failures)} failed", flush=True)
+        for future, case in compiled.items():
+            future.cancel()
+            results.skip(str(case), "no time left")
 
 
 def run_checks[C](
@@ -108,13 +110,13 @@ def main() -> int:
     cases = [case for case in cases if given.only in str(case)]
     print(f"{len(cases)} cases on {device}, seed {given.seed}", flush=True)
     whole = not (given.rehearse or given.only)
-    tools = [Sanitizer(tool, given.seed) for tool in ("memcheck", "racecheck")] if whole else []
     attentions = [case for case in ATTENTIONS if given.only in str(case) and claimed(case)]
     layers = [case for case in layer_checks.CASES if given.only in str(case) and layer_checks.claimed()]
     run_checks(attentions, check_attention, "attention", deadline, results)
     run_checks(layers, layer_checks.check_layer, "layer", deadline, results)
     run_cases(cases, set() if given.rehearse else with_graph(cases), deadline, results)
-    for tool in tools:
+    # After the cases: beside them they slow down compiling, which times kernels, tenfold.
+    for tool in [Sanitizer(tool, given.seed) for tool in ("memcheck", "racecheck")] if whole else []:
         report(tool, results)
     document = results.document(given.revision or revision())
     gpu = device.name.lower().replace(" ", "-")
