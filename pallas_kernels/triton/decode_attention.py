@@ -38,7 +38,6 @@ off by 2 ulp. Codes are exact in 16 bits; their scales multiply scores and, befo
 query's numbers are rounded to its largest / 32512, weights to the largest of four / 65535. Ties of int8 codes round up.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -49,29 +48,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.result import result
-from pallas_kernels.triton import thread_products
-
-_COLUMNS = 8  # of the tensor cores' result, at least
-_BLOCK_BYTES = 16384  # of keys in flight a stage, and of values
-_GROUP_OF_LANES = 4  # query heads of a key-value head that lanes multiply codes for
-_MANY = 8  # programs a multiprocessor that are better small
-_SHORTEST_SHARE = 128  # slots that are worth a program
-_TOP = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of a coded cache
-_NOTHING = -1e30  # a score of nothing: -inf would turn an empty share into NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """A configuration: slots of a block, programs that share a row's slots, warps, blocks in flight.
-
-    `rows` slots of a block lie side by side over lanes that multiply, 16 bytes a lane; 0 takes the tensor cores.
-    """
-
-    block: int
-    shares: int
-    warps: int
-    stages: int
-    rows: int = 0
+from pallas_kernels.triton.attention_loops import NOTHING, Slots, by_lanes, by_tensor_cores, capped
+from pallas_kernels.triton.attention_plan import TOP, Plan, Tile, tile_for
 
 
 def unsupported(*, heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: Any, smem: int, cc: int) -> str | None:
@@ -79,7 +57,7 @@ def unsupported(*, heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: 
     kv_heads, head_dim = cache[1], cache[3]
     if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
         return f"it takes bfloat16, float16 and float32, not {jnp.dtype(dtype).name}"
-    coded = jnp.dtype(cache_dtype).name in _TOP
+    coded = jnp.dtype(cache_dtype).name in TOP
     if not coded and jnp.dtype(cache_dtype) != jnp.dtype(dtype):
         return f"the cache is {jnp.dtype(cache_dtype).name}, the token {jnp.dtype(dtype).name}"
     if coded and jnp.dtype(dtype) == jnp.float32:
@@ -99,78 +77,14 @@ def unsupported(*, heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: 
     return None
 
 
-def _lanes(kind: str, group: int, programs: int) -> tuple[int, int, int]:
-    """Warps, slots that a lane has of a block, blocks in flight: the best of some dozen on an H200."""
-    if kind != "int8":
-        return (4 if kind in _TOP else 8), 4, 1
-    if group > 1:
-        return 2, 4, 2
-    return (2, 8, 1) if programs >= _MANY else (4, 4, 1)
-
-
-def tile_for(heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: Any, sms: int, smem: int) -> Tile:
-    """The tile for a cache `[batch, kv_heads, capacity, head_dim]`: programs for all multiprocessors, no slivers.
-
-    Args:
-      heads: of queries.
-      dtype, cache_dtype: of the token and of the cache.
-      sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have.
-    """
-    batch, kv_heads, capacity, head_dim = cache
-    shares, wide, group = 1, pl.next_power_of_2(head_dim), heads // kv_heads
-    while 4 * shares * batch * kv_heads < 3 * sms and capacity // (2 * shares) >= _SHORTEST_SHARE:
-        shares *= 2
-    # Where a program has a multiprocessor to itself its own loads must cover the latency, else its neighbours' do:
-    # Triton loads ahead what tensor cores take.
-    alone, kind = shares * batch * kv_heads <= sms, jnp.dtype(cache_dtype).name
-    if (group <= _GROUP_OF_LANES and not alone) if kind in _TOP else group == 1 and (shares > 1 or not alone):
-        warps, high, stages = _lanes(kind, group, batch * kv_heads // sms)
-        rows = warps * 32 * 16 // (wide * jnp.dtype(cache_dtype).itemsize)
-        return Tile(high * rows, shares, warps, stages, rows)
-    block = min(128, max(16, _BLOCK_BYTES // (wide * jnp.dtype(dtype).itemsize)))
-    return Tile(block, shares, 4, (4 if smem >= 128 * 1024 else 3) if alone else 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Static facts of one call."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    capacity: int
-    scale: float
-    softcap: float | None
-    window: int | None
-    coded: bool  # whether the cache holds codes and scales
-    tile: Tile
-    interpret: bool
-
-    @property
-    def group(self) -> int:
-        """Query heads of a key-value head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def parts(self) -> int:
-        """Into how many the query heads of a key-value head go: lanes take one at a time."""
-        return self.group if self.tile.rows else 1
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of a part's numbers in registers, padded: a column for each query head."""
-        columns = 1 if self.tile.rows else max(_COLUMNS, pl.next_power_of_2(self.group))
-        return pl.next_power_of_2(self.head_dim), columns
-
-
-def _by_purpose(plan: _Plan, refs: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
+def _by_purpose(plan: Plan, refs: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
     """Keys, values, results, new keys and new values; where there are scales, each with its own beside it."""
     count = 4 if plan.coded else 2
     cache, results, new = refs[:count], refs[count : count + 2], refs[count + 2 :]
     return cache[::2], cache[1::2], results, new[::2], new[1::2]
 
 
-def _turned(plan: _Plan, ref: Any, row: Any, head: Any, d: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _turned(plan: Plan, ref: Any, row: Any, head: Any, d: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Heads of a row, turned. Pairs are D / 2 apart, so each half is loaded for the other, too."""
     half = plan.head_dim // 2
     first, mask = d < half, d < plan.head_dim
@@ -181,14 +95,7 @@ def _turned(plan: _Plan, ref: Any, row: Any, head: Any, d: jax.Array, cos: jax.A
     return (x * cos + jnp.where(first, -partner, partner) * sin).astype(ref.dtype)
 
 
-def _capped(plan: _Plan, scores: jax.Array) -> jax.Array:
-    """Scores as powers of two."""
-    if plan.softcap is None:
-        return scores * (plan.scale * math.log2(math.e))
-    return jnp.tanh(scores * (plan.scale / plan.softcap)) * (plan.softcap * math.log2(math.e))
-
-
-def _stored(plan: _Plan, refs: tuple[Any, ...], at: tuple[Any, ...], x: jax.Array, mask: jax.Array) -> jax.Array:
+def _stored(plan: Plan, refs: tuple[Any, ...], at: tuple[Any, ...], x: jax.Array, mask: jax.Array) -> jax.Array:
     """Puts the key or value `[D]` of a token into its slot: float32 `[D]` as it will be read there."""
     d = jnp.arange(plan.shape[0])
     wide = x.astype(jnp.float32)
@@ -197,7 +104,7 @@ def _stored(plan: _Plan, refs: tuple[Any, ...], at: tuple[Any, ...], x: jax.Arra
         return wide
     largest = jnp.max(jnp.abs(wide), axis=0)
     dtype = refs[0].dtype
-    scale = jnp.where(largest == 0, jnp.float32(1), largest / _TOP[dtype.name])
+    scale = jnp.where(largest == 0, jnp.float32(1), largest / TOP[dtype.name])
     ratio = wide / scale
     codes = jnp.floor(ratio + jnp.float32(0.5)).astype(dtype) if dtype == jnp.int8 else ratio.astype(dtype)
     plgpu.store(refs[0].at[*at, d], codes, mask=mask & (d < plan.head_dim))
@@ -205,123 +112,7 @@ def _stored(plan: _Plan, refs: tuple[Any, ...], at: tuple[Any, ...], x: jax.Arra
     return codes.astype(jnp.float32) * scale
 
 
-Sums = tuple[jax.Array, jax.Array, jax.Array]  # largest score, sum of weights, sum of values: `[C]`, `[C]`, `[D, C]`
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slots:
-    """The slots of one row and key-value head that a program reads: blocks `first` to `last` from slot `begin` on."""
-
-    plan: _Plan
-    of_keys: tuple[Any, ...]  # codes or numbers, and scales
-    of_values: tuple[Any, ...]
-    at: tuple[Any, Any]
-    begin: jax.Array
-    end: jax.Array
-    first: jax.Array
-    last: jax.Array
-
-    def loaded(self, slots: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-        """Keys and values `[slots, D]`, zeros past the end, and the scales of both."""
-        head_dim, wide = self.plan.head_dim, self.plan.shape[0]
-        columns = jnp.arange(wide)[None, :]
-        mask = jnp.broadcast_to((slots < self.end)[:, None], (slots.size, wide))
-        mask = mask if head_dim == wide else mask & (columns < head_dim)
-        keys, values = (
-            plgpu.load(ref.at[*self.at, slots[:, None], columns], mask=mask, other=jnp.zeros((), ref.dtype))
-            for ref in (self.of_keys[0], self.of_values[0])
-        )
-        scales = [
-            plgpu.load(ref.at[*self.at, slots], mask=slots < self.end, other=jnp.float32(0))
-            for ref in (*self.of_keys[1:], *self.of_values[1:])
-        ]
-        return keys, values, scales
-
-
-def _by_tensor_cores(slots: _Slots, queries: jax.Array) -> Sums:
-    """A block's keys are one product with all queries `[D, C]`, its values another with the weights."""
-    plan, block = slots.plan, slots.plan.tile.block
-    precision = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
-
-    def step(i: jax.Array, sums: Sums) -> Sums:
-        largest, total, attended = sums
-        here = slots.begin + i * block + jnp.arange(block)
-        keys, values, scales = slots.loaded(here)
-        scores = plgpu.dot(keys.astype(queries.dtype), queries, precision=precision)
-        scores = _capped(plan, scores * scales[0][:, None] if scales else scores)
-        scores = jnp.where((here < slots.end)[:, None], scores, jnp.float32(_NOTHING))
-        now = jnp.maximum(largest, jnp.max(scores, axis=0))
-        weights, faded = jnp.exp2(scores - now[None, :]), jnp.exp2(largest - now)
-        factors = (weights * scales[1][:, None] if scales else weights).astype(queries.dtype)
-        part = plgpu.dot(values.astype(queries.dtype), factors, trans_a=True, precision=precision)
-        return now, total * faded + jnp.sum(weights, axis=0), attended * faded[None, :] + part
-
-    columns = plan.shape[1]
-    nothing = jnp.full(columns, _NOTHING, jnp.float32), *map(jnp.zeros, (columns, plan.shape))
-    return jax.lax.fori_loop(slots.first, slots.last, step, nothing)
-
-
-def _by_lanes(slots: _Slots, queries: list[jax.Array]) -> list[Sums]:
-    """Each of the `rows` slots side by side has a softmax of its own: only a score crosses lanes before the end."""
-    plan, tile = slots.plan, slots.plan.tile
-    integers, threads = slots.of_keys[0].dtype == jnp.int8, 32 * tile.warps
-    digits = [thread_products.digits(query) if integers else (query,) for query in queries]
-
-    def slots_of(block: jax.Array) -> list[jax.Array]:
-        first = slots.begin + block * tile.block
-        return [first + row + jnp.arange(tile.rows) for row in range(0, tile.block, tile.rows)]
-
-    def score_of(digit: tuple[jax.Array, ...], slot: jax.Array, keys: jax.Array, scales: list[jax.Array]) -> jax.Array:
-        if integers:
-            high, low, scale = digit
-            score = thread_products.dot_of_codes(keys, high, low, threads, plan.interpret) * scale
-        else:
-            score = thread_products.dot(keys.astype(jnp.float32), digit[0], threads, plan.interpret)
-        score = _capped(plan, score * scales[0] if scales else score)
-        return jnp.where(slot < slots.end, score, jnp.float32(_NOTHING))
-
-    def step(i: jax.Array, state: tuple[list[Sums], Any]) -> tuple[list[Sums], Any]:
-        sums, loaded = state
-        following = None
-        if tile.stages == 1:
-            loaded = [slots.loaded(slot) for slot in slots_of(i)]
-        else:
-            following = [slots.loaded(slot) for slot in slots_of(i + 1)]
-        after = []
-        for digit, (largest, total, attended) in zip(digits, sums, strict=True):
-            scores = [
-                score_of(digit, slot, keys, scales) for slot, (keys, _, scales) in zip(slots_of(i), loaded, strict=True)
-            ]
-            now = functools.reduce(jnp.maximum, scores, largest)
-            faded, weights = jnp.exp2(largest - now), [jnp.exp2(score - now) for score in scores]
-            total, attended = sum(weights, total * faded), attended * faded[:, None]
-            values = [values for _, values, _ in loaded]
-            factors = [w * scales[1] if scales else w for w, (_, _, scales) in zip(weights, loaded, strict=True)]
-            if integers:
-                for at in (slice(first, first + 4) for first in range(0, len(values), 4)):
-                    attended = thread_products.add_scaled_codes(attended, values[at], factors[at], plan.interpret)
-            else:
-                for value, factor in zip(values, factors, strict=True):
-                    wide = value.astype(jnp.float32)
-                    attended = thread_products.add_scaled(attended, wide, factor, plan.interpret)
-            after.append((now, total, attended))
-        return after, following
-
-    nothing = jnp.full(tile.rows, _NOTHING, jnp.float32), jnp.zeros(tile.rows), jnp.zeros((tile.rows, plan.shape[0]))
-    begun = None if tile.stages == 1 else [slots.loaded(slot) for slot in slots_of(slots.first)]
-    found, _ = jax.lax.fori_loop(slots.first, slots.last, step, ([nothing] * plan.parts, begun))
-    return [_rows_joined(*sums) for sums in found]
-
-
-def _rows_joined(largest: jax.Array, total: jax.Array, attended: jax.Array) -> Sums:
-    """One softmax of several, `[R]`, `[R]`, `[R, D]`."""
-    now = jnp.max(largest, axis=0)
-    faded = jnp.exp2(largest - now)
-    total, attended = jnp.sum(total * faded, axis=0), jnp.sum(attended * faded[:, None], axis=0)
-    return now[None], total[None], attended[:, None]
-
-
-def _kernel(plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref: Any, *refs: Any) -> None:
+def _kernel(plan: Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref: Any, *refs: Any) -> None:
     """One program: see the module's docstring."""
     tile, (of_keys, of_values, (out_ref, sums_ref), of_new_keys, of_new_values) = plan.tile, _by_purpose(plan, refs)
     share, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -349,16 +140,16 @@ def _kernel(plan: _Plan, positions_ref: Any, cos_ref: Any, sin_ref: Any, row_ref
     blocks = jax.lax.div(end - begin + (tile.block - 1), jnp.int32(tile.block))
     a_share = jax.lax.div(blocks + (tile.shares - 1), jnp.int32(tile.shares))
     last = jnp.minimum((share + 1) * a_share, blocks)
-    slots = _Slots(plan, of_keys, of_values, (row, kv_head), begin, end, share * a_share, last)
+    slots = Slots(plan, of_keys, of_values, (row, kv_head), begin, end, share * a_share, last)
     if tile.rows:
-        found = _by_lanes(slots, [query.astype(jnp.float32).reshape(d.size) for query in queries])
+        found = by_lanes(slots, [query.astype(jnp.float32).reshape(d.size) for query in queries])
     else:
-        found = [_by_tensor_cores(slots, queries[0])]
+        found = [by_tensor_cores(slots, queries[0])]
 
     # Its own slot comes last, so that the first loads of the cache do not wait for the product with its key.
     for column, query, (largest, total, attended) in zip(columns, queries, found, strict=True):
-        score = _capped(plan, jnp.sum(query.astype(jnp.float32) * key[:, None], axis=0))
-        score = jnp.where(stored, score, jnp.float32(_NOTHING))
+        score = capped(plan, jnp.sum(query.astype(jnp.float32) * key[:, None], axis=0))
+        score = jnp.where(stored, score, jnp.float32(NOTHING))
         now = jnp.maximum(largest, score)
         weight, faded = jnp.where(stored, jnp.exp2(score - now), jnp.float32(0)), jnp.exp2(largest - now)
         total = total * faded + weight
@@ -374,7 +165,7 @@ def _join_kernel(head_dim: int, shares: int, parts_ref: Any, sums_ref: Any, out_
     """A row's head from its shares, whose softmaxes have the sums `2^sums`."""
     row, head = pl.program_id(0), pl.program_id(1)
     share, d = jnp.arange(pl.next_power_of_2(shares)), jnp.arange(pl.next_power_of_2(head_dim))
-    sums = plgpu.load(sums_ref.at[share, row, head], mask=share < shares, other=jnp.float32(_NOTHING))
+    sums = plgpu.load(sums_ref.at[share, row, head], mask=share < shares, other=jnp.float32(NOTHING))
     weights = jnp.exp2(sums - jnp.max(sums, axis=0))
     mask = (share < shares)[:, None] & (d < head_dim)[None, :]
     parts = plgpu.load(parts_ref.at[share[:, None], row, head, d[None, :]], mask=mask, other=jnp.float32(0))
@@ -430,7 +221,7 @@ def decode_attention(
     batch, kv_heads, capacity, head_dim = keys.shape
     heads = row.shape[1] // head_dim - 2 * kv_heads
     tile = Tile(**config) if config else tile_for(heads, keys.shape, row.dtype, keys.dtype, sms, smem)
-    plan = _Plan(heads, kv_heads, head_dim, capacity, scale, softcap, window, key_scale is not None, tile, interpret)
+    plan = Plan(heads, kv_heads, head_dim, capacity, scale, softcap, window, key_scale is not None, tile, interpret)
     caches = tuple(a for a in (keys, values, key_scale, value_scale) if a is not None)
     operands = positions, cos, sin, row.reshape(batch, -1, head_dim), *caches
     shape, whole = (tile.shares, batch, heads, head_dim), tile.shares == 1

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from attention import TOP, coded, exact, operands, steps_off
 
-from pallas_kernels.triton.decode_attention import decode_attention, tile_for, unsupported
+from pallas_kernels.triton.attention_plan import tile_for
+from pallas_kernels.triton.decode_attention import decode_attention, unsupported
 
 CAPACITY = 48
 # Rows as long as can be told apart: the first token, within a block, at its edge, across shares, the last slot.
