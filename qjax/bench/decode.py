@@ -30,7 +30,7 @@ from qjax.bench.records import KEYS, Record, Results
 from qjax.bench.timing import kernels_of
 from qjax.explain import layers
 from qjax.models import Llama
-from qjax.models.generate import decode, prefill
+from qjax.models.generate import decoder, prefill
 from qjax.models.kv_cache import CODED, KVCache
 from qjax.models.prefill import for_prompts
 from qjax.schemes import Scheme
@@ -179,7 +179,8 @@ def _compiled(case: DecodeCase, subject: Subject, steps: int) -> _Programs:
     with qjax.use(backend=case.backend):
         read = lower(subject.state, *prompt).compile()
         first, cache = jax.block_until_ready(read(subject.state, *prompt))
-        write = decode.lower(subject.definition, subject.state, first, cache, None, 1, count=steps).compile()
+        lowered = decoder(subject.state).lower(subject.definition, subject.state, first, cache, None, 1, count=steps)
+        write = lowered.compile()
         coded = for_prompts(subject.state, ids.size, subject.model.dtype)
         structures: list[Any] = [jax.tree.structure(state) for state in (coded, subject.state)]
         other = None if structures[0] == structures[1] else lower(coded, *prompt).compile()

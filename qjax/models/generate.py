@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qjax.errors import GenerationError
+from qjax.models import collectives
 from qjax.models.kv_cache import CODED, KVCache
 from qjax.models.llama import Llama
 from qjax.models.memory import memory_explained
@@ -101,10 +102,10 @@ def generate(
     a_row = partial(model.empty_cache, 1, capacity, kept)
     with memory_explained(state, a_row, rows=len(rows), capacity=capacity, coded=kept in CODED.values()):
         first, cache = prefill(definition, reader, ids, positions, sampling, capacity=capacity, cache_dtype=kept)
-        block, step = first[None], 1
+        block, step, write = first[None], 1, decoder(state)
         while step < max_new_tokens:
             # Dispatched before the host waits for the tokens it continues: the device never idles.
-            ahead, cache = decode(definition, state, block[-1], cache, sampling, step, count=BLOCK)
+            ahead, cache = write(definition, state, block[-1], cache, sampling, step, count=BLOCK)
             emit(block)
             if not running:
                 return outputs
@@ -164,6 +165,16 @@ def _decode(
 
 prefill = jax.jit(_prefill, static_argnums=0, static_argnames=("capacity", "cache_dtype"))
 decode = jax.jit(_decode, static_argnums=0, static_argnames="count", donate_argnums=3)
+
+
+_decode_on_gpus = jax.jit(
+    _decode, static_argnums=0, static_argnames="count", donate_argnums=3, compiler_options=collectives.OPTIONS
+)
+
+
+def decoder(state: nnx.State) -> jax.stages.Wrapped:
+    """`decode`, as it is to be compiled for the devices of a model."""
+    return _decode_on_gpus if collectives.in_graph(state) else decode
 
 
 def pick(logits: jax.Array, sampling: Sampling | None, step: int | jax.Array) -> jax.Array:

@@ -7,13 +7,15 @@ import dataclasses
 import functools
 import re
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from aot.compile import description
-from aot.whole_program import answer, compiled
+from aot.compile import description, steps_of
+from aot.whole_program import OPTIONS, answer, compiled
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
@@ -22,6 +24,7 @@ import qjax
 from qjax import product, quantize_call, sharding
 from qjax.bench import models
 from qjax.devices import find_device
+from qjax.models import collectives
 from qjax.models.generate import decode
 from qjax.qtensor import QTensor
 from qjax.schemes import W4A16
@@ -83,10 +86,13 @@ def steps_on_two(batch: int) -> dict[str, Any]:
         cache = jax.tree.map(lambda a: put(PartitionSpec(*(None, "model")[: a.ndim] if a.ndim > 1 else ()), a), cache)
         tokens = put(PartitionSpec(), jax.ShapeDtypeStruct((batch,), jnp.int32))
         traced = decode.trace(definition, state, tokens, cache, None, 1, count=8)
-        hlo = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
-    return {
-        "collectives": re.findall(r"= (.*) (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(", hlo)
-    }
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {**OPTIONS, **collectives.OPTIONS, "xla_dump_to": folder}
+        hlo = lowered.compile(compiler_options=options).as_text()
+        steps = [dataclasses.asdict(step) for step in steps_of(Path(folder))]
+    names = "all-reduce|all-gather|all-to-all|collective-permute"
+    return {"collectives": re.findall(rf"= (.*) ({names})(?:-start)?\(", hlo), "steps": steps}
 
 
 def _on(mesh: AbstractMesh, f: Callable[..., Any]) -> Callable[..., Any]:

@@ -61,3 +61,8 @@ def test_on_two_gpus_a_layer_sums_twice_and_no_weight_moves(programs):
         math.prod(map(int, dims.split(","))) for shape, _ in found for dims in re.findall(r"\[([\d,]+)\]", shape)
     ]
     assert max(numbers) <= 2 * 4096, found
+
+
+def test_on_two_gpus_the_sums_are_in_the_graph(programs):
+    sums = [step["in_graph"] for step in programs["two"]["steps"] if step["kind"] in ("kAllReduce", "kAllGather")]
+    assert len(sums) == 6 and all(sums), programs["two"]["steps"]
