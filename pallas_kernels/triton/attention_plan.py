@@ -37,13 +37,16 @@ def _lanes(kind: str, group: int, programs: int) -> tuple[int, int, int]:
     return (2, 8, 1) if programs >= _MANY else (4, 4, 1)
 
 
-def tile_for(heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: Any, sms: int, smem: int) -> Tile:
+def tile_for(
+    heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: Any, sms: int, smem: int, *, lanes: bool = True
+) -> Tile:
     """The tile for a cache `[batch, kv_heads, capacity, head_dim]`: programs for all multiprocessors, no slivers.
 
     Args:
       heads: of queries.
       dtype, cache_dtype: of the token and of the cache.
       sms: multiprocessors of the chip; smem: bytes of shared memory that a program may have.
+      lanes: False leaves products to the tensor cores whatever the shape.
     """
     batch, kv_heads, capacity, head_dim = cache
     shares, wide, group = 1, pl.next_power_of_2(head_dim), heads // kv_heads
@@ -52,7 +55,8 @@ def tile_for(heads: int, cache: tuple[int, ...], dtype: Any, cache_dtype: Any, s
     # Where a program has a multiprocessor to itself its own loads must cover the latency, else its neighbours' do:
     # Triton loads ahead what tensor cores take.
     alone, kind = shares * batch * kv_heads <= sms, jnp.dtype(cache_dtype).name
-    if (group <= _GROUP_OF_LANES and not alone) if kind in TOP else group == 1 and (shares > 1 or not alone):
+    few = (group <= _GROUP_OF_LANES and not alone) if kind in TOP else group == 1 and (shares > 1 or not alone)
+    if lanes and few:
         warps, high, stages = _lanes(kind, group, batch * kv_heads // sms)
         rows = warps * 32 * 16 // (wide * jnp.dtype(cache_dtype).itemsize)
         return Tile(high * rows, shares, warps, stages, rows)
