@@ -47,7 +47,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raise CheckpointError(f"{folder}: {what}; expected a folder with a {FILE}")
     file = folder / FILE
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; a tokenizer is read from a folder's {FILE}")
+        raise CheckpointError(
+            f"{file}: no such file; another folder's {FILE} will do (on the command line --tokenizer DIR)"
+        )
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # what `tokenizers` raises has no class of its own
