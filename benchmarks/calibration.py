@@ -38,6 +38,8 @@ ROWS: tuple[tuple[str, str, str | None], ...] = (
     ("w3a16", f"gptq:{BEST}", None),
     (INT4, "awq:rounding=gptq", None),
     (INT4, "gptq:order=static", "gptq int4 g128 asym act-order, static groups"),
+    ("w4a16", "gptq:order=static", None),
+    ("w4a16", f"gptq:order=static,{BEST}", None),
 )
 
 
