@@ -115,7 +115,7 @@ def main() -> int:
     run_checks(attentions, check_attention, "attention", deadline, results)
     run_checks(layers, layer_checks.check_layer, "layer", deadline, results)
     run_cases(cases, set() if given.rehearse else with_graph(cases), deadline, results)
-    # After the cases: beside them they slow down compiling, which times kernels, tenfold.
+    # After the cases, whose compiling times kernels on the same GPU.
     for tool in [Sanitizer(tool, given.seed) for tool in ("memcheck", "racecheck")] if whole else []:
         report(tool, results)
     document = results.document(given.revision or revision())

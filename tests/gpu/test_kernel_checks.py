@@ -104,6 +104,7 @@ TOOL = """#!/bin/sh
 for last; do number=$last; done
 while [ $number -lt 4 ]; do
   echo "begins $number case $number"
+  [ $number = 1 ] && [ -n "$DIES" ] && echo "Internal Sanitizer Error" && exit 99
   [ $number = 1 ] && kill -SEGV $$
   echo "case $number done"
   number=$((number + 1))
@@ -124,6 +125,19 @@ def test_a_sanitizer_that_dies_names_the_case_and_goes_on_behind_it(code, said, 
     assert skipped is None and len(wrong) == 1 + len(said)
     assert wrong[0].startswith("exit code -11 after ['begins 1 case 1']")
     assert all(text.startswith(start) for text, start in zip(wrong[1:], said, strict=True))
+    assert "case 3 done" in " ".join(sanitizer._lines())
+
+
+def test_a_sanitizer_that_dies_with_the_code_of_errors_goes_on_too(tmp_path, monkeypatch) -> None:
+    tool = Path(tmp_path) / "compute-sanitizer"
+    tool.write_text(TOOL)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("DIES", "yes")
+    sanitizer = Sanitizer("racecheck", 0)
+    wrong, skipped = sanitizer.outcome(20)
+    assert skipped is None and len(wrong) == 1
+    assert wrong[0].startswith("exit code 99 after ['begins 1 case 1']")
     assert "case 3 done" in " ".join(sanitizer._lines())
 
 
