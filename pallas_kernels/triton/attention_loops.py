@@ -121,7 +121,7 @@ def by_lanes(slots: Slots, queries: list[jax.Array]) -> list[Sums]:
             else:
                 for value, factor in zip(values, factors, strict=True):
                     wide = value.astype(jnp.float32)
-                    attended = thread_products.add_scaled(attended, wide, factor, plan.interpret)
+                    attended = thread_products.add_scaled(attended, wide, factor[:, None], plan.interpret)
             after.append((now, total, attended))
         return after, following
 

@@ -47,6 +47,7 @@ from pallas_kernels.pairs import TABLES
 from pallas_kernels.result import result
 from pallas_kernels.triton import columns, edges
 from pallas_kernels.triton.operand import BLOCK, PLANES, operand_pieces, plane_words
+from pallas_kernels.triton.thread_products import add_scaled
 from pallas_kernels.triton.tiles import Tile, packed_tile, smem_of
 
 _FEW_ROWS = 16
@@ -161,21 +162,6 @@ class _Plan:
         return max(self.per_block // self.rows_of_x, 4 if mixed else 1)
 
 
-def _add_scaled(total: jax.Array, part: jax.Array, scale: jax.Array, interpret: bool) -> jax.Array:
-    """`total + part * scale`, rounded once: Triton would make two instructions of it."""
-    scale = jnp.broadcast_to(scale, part.shape)
-    if interpret:
-        return total + part * scale
-    (total,) = plgpu.elementwise_inline_asm(
-        "fma.rn.f32 $0, $1, $2, $3;",
-        args=[part, scale, total],
-        constraints="=f,f,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(part.shape, jnp.float32)],
-    )
-    return total
-
-
 def _words(plan: _Plan, ref: Any, first_row: jax.Array, block: jax.Array) -> list[jax.Array]:
     """A block's planes. evict_first: read once, they would push x and scales out of the L2."""
     height, policy = plan.tile.tile_n, "evict_first" if plan.m <= plan.tile.tile_m else None
@@ -245,7 +231,7 @@ def _kernel(plan: _Plan, x_ref: Any, w_ref: Any, s_ref: Any, *refs: Any) -> None
         share = plan.pieces * plan.rows_of_x // plan.per_block  # pieces of a group
         for first in range(0, plan.pieces, share):
             part = functools.reduce(jnp.add, sums[first : first + share])
-            total = _add_scaled(total, part, scales[first], plan.interpret)
+            total = add_scaled(total, part, scales[first], plan.interpret)
         return total
 
     blocks = -(-plan.k // BLOCK)

@@ -42,8 +42,8 @@ def dot(a: jax.Array, b: jax.Array, threads: int, interpret: bool) -> jax.Array:
 
 
 def add_scaled(total: jax.Array, a: jax.Array, scale: jax.Array, interpret: bool) -> jax.Array:
-    """`total + a * scale[:, None]`, float32 `[R, D]`, rounded once."""
-    scale = jnp.broadcast_to(scale[:, None], a.shape)
+    """`total + a * scale`, float32 `[R, D]`, the scale broadcast to it, rounded once."""
+    scale = jnp.broadcast_to(scale, a.shape)
     if interpret:
         return total + a * scale
     return _asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", 1, [a, scale, total])
@@ -102,4 +102,4 @@ def add_scaled_codes(total: jax.Array, four: list[jax.Array], scales: list[jax.A
     text = f"{{ .reg .b32 a, b, c, d, e, f, g, h, s; .reg .f32 r0, r1, r2, r3; {_TURNED} {sums} {out} }}"
     args = [*four, *(jnp.broadcast_to(a[:, None], total.shape) for a in (high, low))]
     found = _asm(text, ",".join(["=f"] * 4 + ["r"] * 12), 4, args)
-    return add_scaled(total, found, largest / 65535, interpret)
+    return add_scaled(total, found, (largest / 65535)[:, None], interpret)
