@@ -6,6 +6,7 @@ its own product is done, and scales the result.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from pallas_kernels.mosaic.few_plan import Plan
@@ -77,22 +78,40 @@ class GateProgram(NormalizedProgram):
 class ResidualProgram(Program):
     """residual + y; with a norm that times its weight as well, and for each row of x the program's sum of squares."""
 
-    def end(self) -> None:
-        """A warp has a row of x, so that its lanes can add squares up."""
+    def run(self) -> None:
+        """The residual and the norm's weight are asked for at the beginning: at the end all would wait for them."""
+        plan, self.given = self.plan, []
+        for first in self._firsts():
+            for _, n, at, inside in self._elements(first):
+                residual = self.real("residual", plan.out, at, inside)
+                self.given.append((residual, plan.norm and self.real("norm", plan.norm, n, inside)))
+        super().run()
+
+    def _firsts(self) -> range:
+        """Rows of x from each of which on every warp has one, so that its lanes can add squares up."""
+        return range(0, self.plan.m, self.plan.config.all_warps)
+
+    def _elements(self, first: int) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """A lane's: row of the weight in the program and in all, place in y, whether there is such a one."""
         o, plan = self.o, self.plan
+        row, there = o.minimum(o.warp + first, plan.m - 1), o.warp + first < plan.m
+        for local in (o.lane + some for some in range(0, plan.rows, 32)):
+            n = self.first_row + local
+            yield local, n, row * plan.n + n, there & (local < plan.rows) & (n < plan.n)
+
+    def end(self) -> None:
+        """Sums of all warps, the residual; squares."""
+        o, plan, given = self.o, self.plan, iter(self.given)
         o.barrier()
-        for first in range(0, plan.m, plan.config.all_warps):
+        for first in self._firsts():
             row, there, squares = o.minimum(o.warp + first, plan.m - 1), o.warp + first < plan.m, o.real(0.0)
-            for local in (o.lane + some for some in range(0, plan.rows, 32)):
-                n = self.first_row + local
-                inside = there & (local < plan.rows) & (n < plan.n)
-                at = row * plan.n + n
+            for (local, n, at, inside), (residual, norm) in zip(self._elements(first), given, strict=False):
                 y = self.scaled(self.sum_of_warps(row, o.minimum(local, plan.rows - 1)), n, inside, row)
-                y = o.add(y, self.real("residual", plan.out, at, inside))
+                y = o.add(y, residual)
                 y = o.as_reals(o.both(y, plan.out), plan.out)[0]
                 o.store(self.at["out"] + at * _SIZE, y, plan.out, inside)
                 if plan.norm is not None:
-                    weighted = o.multiply(y, self.real("norm", plan.norm, n, inside))
+                    weighted = o.multiply(y, norm)
                     o.store(self.at["weighted"] + at * _SIZE, weighted, plan.out, inside)
                     y = o.choose(inside, y, o.real(0.0))
                     squares = o.fma(y, y, squares)
