@@ -34,7 +34,7 @@ from qjax.bench.gemm import bench_gemm
 from qjax.bench.machine import describe_machine, revision
 from qjax.bench.predict import predict
 from qjax.bench.programs import FULL, QUICK, Effort
-from qjax.bench.records import Record, Results, read
+from qjax.bench.records import Record, Results, key_of, read
 from qjax.dispatch.tuning import file_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,21 +78,24 @@ def tell(record: Record) -> None:
     )
 
 
-def draw(path: Path) -> Path:
-    """The main schemes and shapes of a file, as dispatch chooses kernels, and what the roofline expects of them."""
+def draw(*paths: Path) -> Path:
+    """The main schemes and shapes of files of one device, as dispatch chooses kernels, and what the roofline expects of
+    them; what two files have is that of the first, whose name the picture gets."""
     from qjax.bench.plot import plot_speedups
 
-    document = read(path)
-    device = devices.find_device(document["machine"]["device"])
+    documents = [read(path) for path in paths]
+    device = devices.find_device(documents[0]["machine"]["device"])
     schemes, shapes = parse_schemes(MAIN_SCHEMES), parse_shapes(MAIN_SHAPES)
-    expected = [predict(device, s, m, n, k) for n, k in shapes for s in schemes for m in parse_rows(ROWS)]
     names = {str(scheme) for scheme in schemes}
-    records: list[dict[str, Any]] = [
-        record
-        for record in document["records"]
-        if record["backend"] == "auto" and record["scheme"] in names and (record["n"], record["k"]) in shapes
-    ]
-    out = path.with_suffix(".png")
+    found: dict[Any, dict[str, Any]] = {}
+    for record in (record for document in documents for record in document["records"]):
+        if record["backend"] == "auto" and record["scheme"] in names and (record["n"], record["k"]) in shapes:
+            found.setdefault(key_of(record), record)
+    records = list(found.values())
+    measured = {record["scheme"] for record in records}
+    drawn = [scheme for scheme in schemes if str(scheme) in measured]
+    expected = [predict(device, s, m, n, k) for n, k in shapes for s in drawn for m in parse_rows(ROWS)]
+    out = paths[0].with_suffix(".png")
     plot_speedups(records, expected, title=f"y = x @ w on {device.name}").savefig(out, dpi=150)
     return out
 
@@ -116,10 +119,10 @@ def main() -> None:
     parser.add_argument("--commit", help="the revision to record; default: git's")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
     parser.add_argument("--rehearse", action="store_true", help="small products, to see that it runs")
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="draw FILE instead of measuring")
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="FILE", help="draw FILEs instead of measuring")
     args = parser.parse_args()
     if args.draw is not None:
-        print(draw(args.draw))
+        print(draw(*args.draw))
         return
     logging.set_verbosity(logging.INFO)
     if args.rehearse:

@@ -6,7 +6,6 @@ configurations are timed too: `choose` takes what measured fastest over what an 
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -140,10 +139,9 @@ def _written(device: str, directory: Path | None) -> set[tuple[Any, ...]]:
     if not path.is_file():
         return set()
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
-        return {tuple(entry[name] for name in ("kernel", "scheme", "n", "k", "m")) for entry in entries}
-    except (ValueError, KeyError, TypeError) as error:
-        raise QJaxError(f"{path}: is no tuning table ({error!r}); move it away") from error
+        return {(*entry.key, entry.m) for entry in tuning.load(path, device)}
+    except ValueError as error:
+        raise QJaxError(f"{path}: is no tuning table for {device}: {error}; move it away") from error
 
 
 def configs_of(task: Task, problem: Problem, most: int | None) -> list[Config]:

@@ -1,7 +1,8 @@
 """Problem x Device -> Route, config: at trace time, from tables. Alone looks for kernel folders.
 
 Every route is either refused with a reason or estimated; a measurement wins over an estimate; the
-fastest runs. Where the user names a backend no other is considered: it runs, or that is an error.
+fastest runs, and one that is only estimated takes the place of a measured one where that leaves no
+doubt. Where the user names a backend no other is considered: it runs, or that is an error.
 """
 
 import contextlib
@@ -25,6 +26,8 @@ from qjax.dispatch.routes import AS_IT_IS, ROUTES, Quantizer, Route
 from qjax.errors import BackendError
 
 ABSENT = "backend absent"
+# In seven of eight entries of the H200's table, what was measured is no more than this many times the estimate.
+DOUBT = 1.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,7 @@ def _choose(problem: Problem, device: Device, name: str, routes: tuple[Route, ..
     chosen = {c.route.name for c in wanted}
     if not wanted:
         raise BackendError(_cannot(name, selection, problem, device, routes, refused))
-    best = min(wanted, key=lambda c: c.estimate.seconds)  # the first of equals
+    best = _fastest(wanted)
     for other in able:
         if other.route.name not in chosen:
             refused[other.route.name] = f"backend={name!r} was asked for"
@@ -122,6 +125,17 @@ def _choose(problem: Problem, device: Device, name: str, routes: tuple[Route, ..
     reasons = tuple((route, reason) for route, reason in refused.items() if reason is not None)
     reason = _why(best, wanted, selection, problem, device)
     return Choice(best.route, best.config, best.estimate, reason, reasons, selection.note)
+
+
+def _fastest(wanted: list[_Candidate]) -> _Candidate:
+    """The shortest time, the first of equals; beside a measured one, that of an estimate counts `DOUBT` times."""
+    measured = any(c.estimate.basis == "measured" for c in wanted)
+
+    def seconds(candidate: _Candidate) -> float:
+        doubt = DOUBT if measured and candidate.estimate.basis == "estimated" else 1.0
+        return candidate.estimate.seconds * doubt
+
+    return min(wanted, key=seconds)
 
 
 def _is_asked(selection: Selection, route: Route) -> bool:
@@ -149,6 +163,8 @@ def _asked(candidate: _Candidate, selection: Selection, problem: Problem, device
 def _candidate(route: Route, problem: Problem, device: Device, table: tuning.Table) -> _Candidate:
     seen = seen_by(route, problem)
     estimate = roofline.estimate(seen, device, roofline.efficiency(route.name, seen, device))
+    if seen is not problem and device.platform == "gpu":
+        estimate = dataclasses.replace(estimate, seconds=estimate.seconds + roofline.OUTSIDE)
     scheme = str(problem.scheme)
     entry = table.nearest(route.name, scheme, problem.n, problem.k, problem.m)
     if entry is None or problem.transposed:  # tables are of forward products
@@ -350,6 +366,8 @@ def _why(
 def _slower(other: _Candidate, best: _Candidate) -> str:
     if other.estimate.seconds == best.estimate.seconds:
         return f"as fast ({other.estimate}), but later in the table"
+    if other.estimate.seconds < best.estimate.seconds:
+        return f"not surely faster: {other.estimate} vs {best.estimate}"
     return f"slower: {other.estimate} vs {best.estimate}"
 
 

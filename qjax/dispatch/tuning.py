@@ -98,10 +98,19 @@ def _load(path: Path, stamp: int, device: str) -> tuple[Entry, ...]:
 def _parse_file(path: Path, device: str) -> tuple[Entry, ...]:
     """The entries of one file; none, with a warning, where it is not a table for this device."""
     try:
-        return _parse(json.loads(path.read_text(encoding="utf-8")), device)
-    except (OSError, ValueError) as error:  # JSON and UTF-8 errors are ValueErrors
+        return load(path, device)
+    except (OSError, ValueError) as error:
         logging.warning("tuning table %s is ignored: %s", path, error)
         return ()
+
+
+def load(path: Path, device: str) -> tuple[Entry, ...]:
+    """The entries of one file.
+
+    Raises:
+      ValueError: it is not a table for this device, of this version.
+    """
+    return _parse(json.loads(path.read_text(encoding="utf-8")), device)  # JSON and UTF-8 errors are ValueErrors
 
 
 def _parse(document: Any, device: str) -> tuple[Entry, ...]:

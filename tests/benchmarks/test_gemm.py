@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import gemm
 from qjax.bench.cases import BACKENDS, parse_backends, parse_rows, parse_schemes, parse_shapes
+from qjax.bench.plot import plot_speedups
 from qjax.bench.records import KEYS, Results
 
 
@@ -32,6 +33,23 @@ def test_a_file_is_drawn_without_its_gpu(tmp_path: Path) -> None:
     )
     out = gemm.draw(tmp_path / "gemm-h200.json")
     assert out == tmp_path / "gemm-h200.png" and out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_are_drawn_together_and_nothing_is_expected_of_what_was_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, paths = {"device": "H200", "jax": "0.11.2", "jaxlib": "0.11.2"}, [tmp_path / "a.json", tmp_path / "b.json"]
+    keys = ["scheme", "backend", "m", "n", "k"]
+    for path, scheme, speedup in ((paths[0], "nf4", 2.0), (paths[1], "nf4", 1.0), (paths[1], "w8a16", 3.0)):
+        record = dict(zip(keys, (scheme, "auto", 1, 4096, 4096), strict=True))
+        Results(path, machine, "abc").add([{"op": "gemm", **record, "speedup": speedup}])
+    seen = []
+    plot = plot_speedups
+    monkeypatch.setattr("qjax.bench.plot.plot_speedups", lambda *args, **kw: seen.append(args) or plot(*args, **kw))
+    assert gemm.draw(*paths) == tmp_path / "a.png"
+    records, expected = seen[0]
+    assert [(r["scheme"], r["speedup"]) for r in records] == [("nf4", 2.0), ("w8a16", 3.0)]
+    assert {prediction.scheme for prediction in expected} == {"nf4", "w8a16"}
 
 
 @pytest.mark.slow

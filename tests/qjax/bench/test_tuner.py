@@ -111,11 +111,19 @@ def test_without_time_everything_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_no_table_is_not_written_over(tmp_path: Path) -> None:
-    (tmp_path / "cpu.json").write_text("mine")
-    with pytest.raises(QJaxError, match="cpu.json: is no tuning table"):
+FOREIGN = {
+    "no JSON": ("mine", "Expecting value"),
+    "another device's": ('{"version": 1, "device": "H200", "entries": []}', "it is for 'H200', this is 'CPU'"),
+    "an older one": ('{"version": 0, "device": "CPU", "entries": []}', "its version is 0"),
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), FOREIGN.values(), ids=FOREIGN)
+def test_a_file_that_is_no_table_of_this_device_is_not_written_over(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "cpu.json").write_text(text)
+    with pytest.raises(QJaxError, match=f"cpu.json: is no tuning table for CPU: {reason}"):
         tune(tasks_of([W4A16()], [1], [(32, 128)]), directory=tmp_path, effort=TINY)
-    assert (tmp_path / "cpu.json").read_text() == "mine"
+    assert (tmp_path / "cpu.json").read_text() == text
 
 
 def test_an_unknown_route_is_named_with_the_known_ones() -> None:

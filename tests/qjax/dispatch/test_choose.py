@@ -178,6 +178,22 @@ class TunedTest(parameterized.TestCase):
         assert dict(choice.reasons)["mosaic.picky"] == "slower: 50 us measured vs 0.5 us measured"
         assert dict(choice.reasons)["triton.willing"].startswith("slower: 2")
 
+    def test_an_estimate_takes_the_place_of_a_measurement_only_where_it_is_a_tenth_shorter(self):
+        estimated = choose(problem(), H200, routes=(REFERENCE, OTHER)).estimate.seconds
+        for of_estimate, expected in ((1.05, WILLING), (1.15, OTHER)):
+            write_table(("triton.willing", 1, estimated * of_estimate * 1e6, {}))
+            choice = choose(problem(), H200, routes=(REFERENCE, OTHER, WILLING))
+            assert choice.route is expected, of_estimate
+            slower = dict(choice.reasons)[OTHER.name if expected is WILLING else WILLING.name]
+            assert slower.startswith("not surely faster: " if expected is WILLING else "slower: ")
+
+    def test_quantizing_x_outside_of_a_kernel_costs_time_on_a_gpu(self):
+        as_it_is = Route("triton.other", "triton", OTHER.module, x_formats=frozenset({None}))
+        fused = Route("triton.willing", "triton", WILLING.module, frozenset({"int8"}), frozenset({"int8"}))
+        choice = choose(problem(scheme=W8A8Int8()), H200, routes=(REFERENCE, as_it_is, fused))
+        assert choice.route is fused
+        assert dict(choice.reasons)["triton.other"].startswith("slower: ")
+
     def test_a_near_bucket_lends_its_config_and_not_its_time(self):
         write_table(("triton.other", 16, 0.001, {"tile_n": 32}))
         near = choose(problem(32), H200, routes=(REFERENCE, OTHER))
