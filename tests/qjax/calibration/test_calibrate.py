@@ -245,6 +245,25 @@ def test_the_norms_of_a_llama_take_factors_up(offset):
     class Model(nnx.Module):
         def __init__(self):
             self.norm = RMSNorm(32, epsilon=1e-6, offset=offset, param_dtype=jnp.float32)
+def test_an_unreached_layer_of_a_linen_model_is_named_and_convolutions_are_none():
+    class Model(nn.Module):
+        idle: bool
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(16, (1,), name="mix")(x)
+            spare = nn.Dense(16, name="spare")
+            x = nn.Dense(16, name="used")(x)
+            return x if self.idle else spare(x)
+
+    x = jnp.ones((4, 16))
+    params = Model(idle=False).init(jax.random.key(0), x)["params"]
+    with pytest.raises(CalibrationError, match="spare/kernel: no batch reaches this layer"):
+        qjax.calibrate(Model(idle=True), [x], "gptq", SCHEME, params=params)
+    found = qjax.calibrate(Model(idle=True), [x], "gptq", {"spare": None, ".*": SCHEME}, params=params)
+    assert isinstance(found["used"]["kernel"], qjax.QTensor) and found["spare"]["kernel"] is params["spare"]["kernel"]
+
+
             self.norm.weight.set_value(jnp.linspace(-0.5, 2, 32) - offset)
             self.dense = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
 
