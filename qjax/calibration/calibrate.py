@@ -86,6 +86,8 @@ def calibrate(
             f"recipe {recipe} scales columns of x, of which act_scale='max' is known only; got {how}"
         )
     subject = subject_of(model, params, scheme_or_rules, given, apply_options)
+    if device_bytes is not None and device_bytes < 0:
+        raise CalibrationError(f"{device_bytes=}; allowed: 0 or more, or None for all there are")
     schemes = [target.rule.scheme for target in subject.targets.values()]
     static = next((scheme for scheme in schemes if scheme is not None and scheme.is_static), None)
     if not given and (recipe.needs_data or static is not None):

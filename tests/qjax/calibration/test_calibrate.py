@@ -292,3 +292,9 @@ def test_batches_and_kernels_that_are_cut_over_a_mesh_give_the_same_weights(mlp)
         w = found[name]["kernel"]
         assert w.packed.sharding.spec[: len(spec)] == spec
         np.testing.assert_allclose(w.dequantize(), alone[name]["kernel"].dequantize(), atol=1e-6)
+def test_the_devices_hold_no_less_than_nothing(mlp):
+    model, params, batches = mlp
+    with pytest.raises(CalibrationError, match="device_bytes=-1; allowed: 0 or more"):
+        qjax.calibrate(model, batches, "gptq", SCHEME, params=params, device_bytes=-1)
+
+
