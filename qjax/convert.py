@@ -32,10 +32,14 @@ def _told(rule: Rule, rank: int, kind: Kind) -> KernelUse | None:
 
 @dataclasses.dataclass
 class _Planner:
-    """Which leaf is quantized, how: by rules, and by what was learned of the model (None: no model)."""
+    """Which leaf is quantized, how: by rules, and by what was learned of the model (None: no model).
+
+    `idle` are the kernels that rules speak of, but whose modules the model did not call.
+    """
 
     rules: RuleUse
     learned: Mapping[str, set[KernelUse]] | None
+    idle: list[str] = dataclasses.field(default_factory=list)
 
     def plan(self, path: str, leaf: Any) -> tuple[Rule, KernelUse] | None:
         """The rule and the axes of one leaf (without its box), or None to leave it alone."""
@@ -49,6 +53,11 @@ class _Planner:
             return None
         kind = KINDS[name]
         rule = match(self.rules.rules, module, kind)
+        if self.learned is not None and not self.learned[path]:
+            self.rules.pass_over(module, "is not called")
+            if rule is not None and rule.scheme is not None and not is_convolution(module):
+                self.idle.append(path)
+            return None
         if rule is not None and rule.scheme is not None and self._is_convolution(module, shape, rule):
             if rule.pattern != EVERYTHING:
                 raise QuantizeError(
@@ -122,12 +131,14 @@ class ParamsPlan:
       leaves: of the inner tree, boxes and QTensors whole.
       tree: its structure.
       tasks: the kernels.
+      idle: paths of kernels that rules speak of, and that the model did not use; they stay.
     """
 
     params: Any
     leaves: list[Any]
     tree: Any
     tasks: list[KernelTask]
+    idle: list[str]
 
     def kernel(self, task: KernelTask) -> Any:
         """A kernel without its box."""
@@ -176,7 +187,7 @@ def plan_params(
             "left alone, since neither a model nor a rule tells what their axes mean: %s",
             ", ".join(planner.rules.unexplained),
         )
-    return ParamsPlan(params, [leaf for _, leaf in found], tree, tasks)
+    return ParamsPlan(params, [leaf for _, leaf in found], tree, tasks, planner.idle)
 
 
 def quantize(

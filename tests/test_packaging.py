@@ -124,6 +124,15 @@ print(qjax.__version__, *(m.__file__ for m in (qjax, pallas_kernels, xla_ffi)), 
     assert all(Path(file).is_relative_to(clean_venv) for file in files), files
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here")
+def test_the_installed_wheel_passes_what_cibuildwheel_asks_of_it(clean_venv: Path) -> None:
+    commands = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]["test-command"]
+    path = os.pathsep.join((str(clean_venv / "bin"), os.environ["PATH"]))
+    assert len(commands) == len(list(ROOT.glob("xla_ffi/*/handlers.cc")))
+    for command in commands:
+        run("sh", "-c", command, cwd=clean_venv, PATH=path, JAX_PLATFORMS="cpu")
+
+
 def test_the_installed_wheel_has_the_qjax_command(clean_venv: Path) -> None:
     out = run(clean_venv / "bin" / "qjax", "--help", cwd=clean_venv, JAX_PLATFORMS="cpu")
     for command in ("quantize", "generate", "perplexity", "explain", "devices"):

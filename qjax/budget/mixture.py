@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -116,7 +117,10 @@ class Mixture:
         """
         if (bits is None) == (nbytes is None):
             raise CalibrationError(f"a budget is in bits a weight or in bytes; got {bits=}, {nbytes=}")
-        budget = int(bits * self.size / 8) if bits is not None else int(nbytes or 0)
+        given = bits if bits is not None else nbytes
+        if given is None or not math.isfinite(given):
+            raise CalibrationError(f"a budget is a finite number; got {bits=}, {nbytes=}")
+        budget = int(given if bits is None else bits * self.size / 8)
         least = sum(min(sizes) for _, sizes in map(self._table, self._groups()))
         if budget < least:
             raise CalibrationError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from qjax.calibration.act_scale import ActScale, as_act_scale, static_scale
 from qjax.calibration.fold import Norms
@@ -85,6 +86,8 @@ def calibrate(
         raise CalibrationError(
             f"recipe {recipe} scales columns of x, of which act_scale='max' is known only; got {how}"
         )
+    if device_bytes is not None and device_bytes < 0:
+        raise CalibrationError(f"{device_bytes=}; allowed: 0 or more, or None for all there are")
     subject = subject_of(model, params, scheme_or_rules, given, apply_options)
     schemes = [target.rule.scheme for target in subject.targets.values()]
     static = next((scheme for scheme in schemes if scheme is not None and scheme.is_static), None)
@@ -177,6 +180,9 @@ class _Calibration:
             self.norms |= done.norms
             for unit, (w, factors) in done.weights.items():
                 self._put(unit, w, factors)
+        scaling = self.recipe.scaling
+        if scaling is not None and scaling.unfolded == "skip" and not self.norms:
+            logging.warning("%s did nothing: no layer has a norm before it that could take factors up", self.recipe)
 
     def _known(self) -> int:
         """How many stages the journal has."""
@@ -239,9 +245,9 @@ class _Calibration:
             return [(self._quantized(layer, statistics), None) for layer in layers]
         factors = factors_of(layers, statistics, self.recipe)
         if norm is not None:
-            whole = self.norms.get(norm.leaf, self.leaves[norm.leaf])
             # The model goes on with the norm as it was: what it has put out before is in the frontiers.
-            changed[norm.leaf], factors = norm.divide(whole, factors)
+            divided, factors = norm.divide(dict(enumerate(self.leaves)) | self.norms, factors)
+            changed |= divided
         scaled = [dataclasses.replace(a, weight=a.weight * factors[:, None]) for a in layers]
         found = [self._quantized(layer, statistics.divided(factors)) for layer in scaled]
         found = [dataclasses.replace(w, dtype=a.weight.dtype) for w, a in zip(found, layers, strict=True)]

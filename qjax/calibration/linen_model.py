@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from qjax.calibration.subject import Subject, Target
 from qjax.calibration.tap import einsum_axes_of_x, tap
 from qjax.convert import plan_params
+from qjax.errors import CalibrationError
 from qjax.linen.boxes import unboxed
 from qjax.linen.intercept import intercept, method_of
 from qjax.linen.products import einsum_spec, general_axes
@@ -66,9 +67,12 @@ def subject(
       options: keyword arguments of `model.apply`.
 
     Raises:
+      CalibrationError: a layer that the batch does not reach.
       RuleError, QuantizeError, NotImplementedError: as `qjax.quantize`.
     """
     plan = plan_params(params, scheme_or_rules, None if batch is None else model, batch, options)
+    if plan.idle:
+        raise CalibrationError(f"{plan.idle[0]}: no batch reaches this layer; leave it out by a rule")
     variables = params if isinstance(params.get("params"), Mapping) else {"params": params}
     leaves, tree = jax.tree.flatten(variables)
     place = {id(leaf): i for i, leaf in enumerate(leaves)}

@@ -47,7 +47,7 @@ def integers(w: QTensor, where: str) -> Integers:
         "stacked layers": bool(w.stack_shape),
         "scales that are quantized": isinstance(w.scale, QTensor),
         "zero points that are no integers": w.zero_point is not None and np.dtype(w.zero_point.dtype).kind != "i",
-        "an input_scale": w.input_scale is not None,
+        "an input_scale (the recipe's unfolded=skip makes none)": w.input_scale is not None,
     }
     if found := [what for what, is_so in refused.items() if is_so]:
         raise CheckpointError(f"{where}: {scheme} has {', '.join(found)}; integer weights in groups of K are written")

@@ -111,7 +111,8 @@ def survey(
       options: keyword arguments.
 
     Returns:
-      For each kernel that a Dense, DenseGeneral, Einsum or Embed used, by the path of the param, how.
+      For each kernel that a Dense, DenseGeneral, Einsum or Embed used, by the path of the param, how; for each whose
+      module was never called, nothing.
 
     Raises:
       QuantizeError: for a model that is no linen module.
@@ -119,13 +120,16 @@ def survey(
     if not isinstance(model, nn.Module):
         raise QuantizeError(f"model is a {type(model).__name__}; a flax.linen module is wanted")
     found: dict[str, set[KernelUse]] = {}
+    called: set[str] = set()
 
     def observe(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         name, use = USES.get(method_of(context), ("", None))
         layer = context.module
-        if use is not None and layer.scope is not None:
-            box = layer.scope.get_variable("params", name)
-            if isinstance(box, Numbered):
+        if layer.scope is not None and context.method_name != "setup":
+            boxes = {kind: layer.scope.get_variable("params", kind) for kind in KINDS}
+            called.update(box.path for box in boxes.values() if isinstance(box, Numbered))
+            box = boxes.get(name)
+            if use is not None and isinstance(box, Numbered):
                 found.setdefault(box.path, set()).add(_seen(box, use(layer, *args, **kwargs)))
         return next_fun(*args, **kwargs)
 
@@ -142,4 +146,6 @@ def survey(
 
     with intercept(), nn.intercept_methods(observe):
         jax.eval_shape(call, {**variables, "params": numbered}, arrays)
-    return found
+    boxes = jax.tree.leaves(numbered, is_leaf=lambda a: isinstance(a, Numbered))
+    paths = {box.path for box in boxes if isinstance(box, Numbered)}
+    return found | {path: set() for path in paths - called - found.keys()}

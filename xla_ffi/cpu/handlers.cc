@@ -101,6 +101,12 @@ std::optional<Codes> CodesOf(ffi::AnyBuffer packed, bool has_table) {
   }
 }
 
+// Whether a buffer begins where one of its elements may.
+bool IsAligned(ffi::AnyBuffer buffer) {
+  const size_t width = std::max<size_t>(1, ffi::ByteWidth(buffer.element_type()));
+  return reinterpret_cast<uintptr_t>(buffer.untyped_data()) % width == 0;
+}
+
 // Leading axes of a buffer whose own are the last `own`.
 int64_t Batch(ffi::AnyBuffer buffer, size_t own) {
   const auto dims = buffer.dimensions();
@@ -135,6 +141,9 @@ ffi::Error Describe(const Operands& o, ffi::Span<const float> table, int64_t gro
   const auto x = o.x.dimensions(), packed = o.packed.dimensions(), scale = o.scale.dimensions(), y = o.y.dimensions();
   if (x.size() < 2 || scale.size() < 2 || y.size() < 2 || packed.size() < 2)
     return Wrong("operands have two axes and more", o);
+  for (const ffi::AnyBuffer& buffer : {o.x, o.packed, o.scale, o.role[kZeroPoint].value_or(o.y),
+                                       o.role[kCodebook].value_or(o.y), o.y})
+    if (!IsAligned(buffer)) return Wrong((Text(buffer) + " does not begin at a whole element").c_str(), o);
   const bool has_table = o.role[kCodebook] || table.size() > 0;
   const auto codes = CodesOf(o.packed, has_table);
   const auto x_type = NumberOf(o.x.element_type()), scale_type = NumberOf(o.scale.element_type());
@@ -173,7 +182,8 @@ ffi::Error Describe(const Operands& o, ffi::Span<const float> table, int64_t gro
   }
   if (o.role[kZeroPoint]) {
     const auto type = NumberOf(o.role[kZeroPoint]->element_type());
-    if (!type || o.role[kZeroPoint]->element_count() != o.scale.element_count())
+    const auto zero = o.role[kZeroPoint]->dimensions();
+    if (!type || !std::equal(zero.begin(), zero.end(), scale.begin(), scale.end()))
       return Wrong("zero points are int8 or floats, one for each scale", o);
     p.zero = {o.role[kZeroPoint]->untyped_data(), *type};
   }
@@ -263,6 +273,8 @@ ffi::Error QuantizeRows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi:
       of_scale[0] != shape[0] || of_scale[1] != 1)
     return ffi::Error::InvalidArgument("qjax_cpu_quantize_rows: x " + Text(x) + " is no f32, bf16 or f16 [M, K], or " +
                                        "results are not codes [M, K] and scale [M, 1]");
+  if (!IsAligned(x))
+    return ffi::Error::InvalidArgument("qjax_cpu_quantize_rows: x " + Text(x) + " does not begin at a whole element");
   const int64_t m = shape[0], k = shape[1];
   const Array rows{x.untyped_data(), *type};
   const auto quantize = [&](int64_t i) {

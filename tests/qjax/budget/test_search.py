@@ -1,6 +1,7 @@
 """`search` on small unmodified models: what it measures, what it chooses, and how it refuses."""
 
 import json
+import math
 
 import flax.linen as nn
 import jax
@@ -185,6 +186,7 @@ def test_the_model_is_left_as_it_was_and_what_was_found_is_json(found, batches):
     [
         ({}, CalibrationError, "give one of budget_bits and budget_bytes"),
         ({"budget_bits": 4, "budget_bytes": 9}, CalibrationError, "budget_bits=4, budget_bytes=9"),
+        ({"budget_bits": math.nan}, CalibrationError, "a finite number; got bits=nan"),
         ({"budget_bits": 2}, CalibrationError, r"8,192 bytes \(2.000 bits.*the least.*: 14,336 bytes \(3.500 bits\)"),
         ({"budget_bits": 4, "candidates": [None]}, CalibrationError, "candidates are schemes, at least one"),
         ({"budget_bits": 4, "batches": []}, CalibrationError, "at least one batch, got none"),

@@ -167,6 +167,53 @@ def test_a_norm_that_feeds_something_else_too_is_left_alone():
     assert model.gate.kernel.get_value().input_scale is not None
 
 
+class Normed(nn.Module):
+    """A dense layer behind Flax's LayerNorm, or behind something that is nearly one."""
+
+    kind: str = "layer_norm"
+
+    @nn.compact
+    def __call__(self, x):
+        if self.kind == "layer_norm":
+            x = nn.LayerNorm(name="norm")(x)
+        elif self.kind == "shifted":
+            x = nn.RMSNorm(name="norm")(x) + 0.5
+        return nn.Dense(32, name="dense")(x)
+
+
+@pytest.mark.parametrize("recipe", ["awq", "smoothquant:unfolded=keep"])
+def test_the_bias_of_a_layer_norm_is_divided_with_its_weight(recipe):
+    model, x = Normed(), jax.random.normal(jax.random.key(0), (40, 32))
+    params = model.init(jax.random.key(1), x)["params"]
+    norm = {"scale": jnp.linspace(-0.5, 2, 32).at[3].set(30.0), "bias": jnp.linspace(-1, 1, 32).at[5].set(0.0)}
+    params = {**params, "norm": norm}
+    want = model.apply({"params": params}, x)
+    found = qjax.calibrate(model, [x], recipe, "w8a16:group_size=16,symmetric=false", params=params)
+    assert found["dense"]["kernel"].input_scale is None
+    factors = norm["scale"] / found["norm"]["scale"]
+    assert not np.allclose(factors, 1)
+    np.testing.assert_allclose(found["norm"]["bias"] * factors, norm["bias"], rtol=1e-5)
+    y = qjax.linen.apply(model, {"params": found}, x)
+    np.testing.assert_allclose(y, want, atol=0.02 * float(jnp.max(jnp.abs(want))))
+
+
+def test_a_norm_to_whose_output_a_number_is_added_is_left_alone():
+    model, x = Normed("shifted"), jax.random.normal(jax.random.key(0), (40, 32))
+    params = model.init(jax.random.key(1), x)["params"]
+    params = {**params, "norm": {"scale": jnp.linspace(0.5, 2, 32)}}
+    found = qjax.calibrate(model, [x], "awq", "w8a16:group_size=16", params=params)
+    np.testing.assert_array_equal(found["norm"]["scale"], params["norm"]["scale"])
+    assert found["dense"]["kernel"].input_scale is not None
+
+
+def test_smoothquant_says_where_it_did_nothing(caplog):
+    for kind, said in (("layer_norm", 0), ("none", 1)):
+        model, x = Normed(kind), jax.random.normal(jax.random.key(0), (40, 32))
+        params = model.init(jax.random.key(1), x)["params"]
+        qjax.calibrate(model, [x], "smoothquant", "w8a8_int8", params=params)
+        assert caplog.text.count("smoothquant did nothing") == said
+
+
 def test_smoothquant_is_worth_it_where_x_has_outliers():
     x = jax.random.normal(jax.random.key(0), (64, 32))
     model = Gated()
@@ -198,6 +245,25 @@ def test_an_unreached_layer_is_named():
     assert type(model.idle) is nnx.Linear
 
 
+def test_an_unreached_layer_of_a_linen_model_is_named_and_convolutions_are_none():
+    class Model(nn.Module):
+        idle: bool
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(16, (1,), name="mix")(x)
+            spare = nn.Dense(16, name="spare")
+            x = nn.Dense(16, name="used")(x)
+            return x if self.idle else spare(x)
+
+    x = jnp.ones((4, 16))
+    params = Model(idle=False).init(jax.random.key(0), x)["params"]
+    with pytest.raises(CalibrationError, match="spare/kernel: no batch reaches this layer"):
+        qjax.calibrate(Model(idle=True), [x], "gptq", SCHEME, params=params)
+    found = qjax.calibrate(Model(idle=True), [x], "gptq", {"spare": None, ".*": SCHEME}, params=params)
+    assert isinstance(found["used"]["kernel"], qjax.QTensor) and found["spare"]["kernel"] is params["spare"]["kernel"]
+
+
 def test_a_nan_is_an_error_that_names_layer_and_batch_and_changes_nothing(mlp):
     model, params, batches = mlp
     bad = batches[1].at[3, 2].set(jnp.nan)
@@ -224,6 +290,12 @@ def test_what_cannot_be_is_refused(mlp, batches, recipe, scheme, message):
     model, params, _ = mlp
     with pytest.raises(CalibrationError, match=message):
         qjax.calibrate(model, batches, recipe, scheme, params=params)
+
+
+def test_the_devices_hold_no_less_than_nothing(mlp):
+    model, params, batches = mlp
+    with pytest.raises(CalibrationError, match="device_bytes=-1; allowed: 0 or more"):
+        qjax.calibrate(model, batches, "gptq", SCHEME, params=params, device_bytes=-1)
 
 
 def test_a_recipe_is_its_string():

@@ -124,6 +124,22 @@ def test_what_a_format_has_no_place_for_is_refused(scheme: str, to: str, message
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("unfolded", ["keep", "skip"])
+def test_factors_of_x_that_stay_with_a_layer_are_refused_with_the_way_to_have_none(unfolded, tmp_path: Path) -> None:
+    batch = np.arange(128, dtype=np.int32).reshape(2, 64)
+    model = qjax.calibrate(qjax.load(PYLM), [batch], f"awq:clip=false,unfolded={unfolded}", {".*0/mlp/.*": "w4a16"})
+    if unfolded == "keep":
+        with pytest.raises(
+            CheckpointError, match=r"0.mlp.down_proj: w4a16\S* has an input_scale .*unfolded=skip makes"
+        ):
+            save(model, tmp_path / "out", source=PYLM, format="gptq")
+    else:
+        save(model, tmp_path / "out", source=PYLM, format="gptq")
+        assert read_weights(tmp_path / "out").keys() == {
+            f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")
+        }
+
+
 @pytest.mark.parametrize("name", ["gptq-4b-g128", "bnb-nf4"])
 def test_the_command_converts_a_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(SMALL / name), str(tmp_path / "out")]) == 0

@@ -62,6 +62,19 @@ class SurveyTest(parameterized.TestCase):
         self.assertEqual(survey(Model(), variables, (x,), dict(train=False)), want)
         self.assertEqual(survey(Model(), variables, (x,), dict(train=True, mutable=["batch_stats"])), want)
 
+    def test_what_is_never_called_is_used_in_no_way(self):
+        class Model(nn.Module):
+            def setup(self):
+                self.used, self.idle, self.conv = nn.Dense(8), nn.Dense(8), nn.Conv(8, (1,))
+
+            def __call__(self, x: jax.Array) -> jax.Array:
+                y = self.conv(self.used(x))
+                return self.idle(y) if self.is_initializing() else y
+
+        x = jnp.ones((2, 8))
+        want = {"used/kernel": {KernelUse((0,))}, "idle/kernel": set()}
+        self.assertEqual(survey(Model(), Model().init(KEY, x), x, {}), want)
+
     def test_boxed_params_do_too(self):
         layer = nn.Dense(8, kernel_init=nn.with_partitioning(nn.initializers.ones, ("a", "b")))
         x = jnp.ones((2, 8))

@@ -220,6 +220,8 @@ def test_shapes_that_do_not_fit_are_an_error_that_names_them():
     x, packed, scale = jnp.ones((1, 256)), jnp.zeros((8, 2, 16), jnp.uint32), jnp.ones((8, 2))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"shapes do not fit.*F32\[1,256\].*\[8,3\]"):
         matmul.matmul(x, packed, jnp.ones((8, 3)), group=128).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"one for each scale.*zero_point S8\[2,8\]"):
+        matmul.matmul(x, packed, scale, group=128, zero_point=jnp.zeros((2, 8), jnp.int8)).block_until_ready()
     with pytest.raises(jax.errors.JaxRuntimeError, match="does not have the instructions 'sve'"):
         matmul.matmul(x, packed, scale, group=128, config={"instructions": "sve"}).block_until_ready()
 
