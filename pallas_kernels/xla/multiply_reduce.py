@@ -4,8 +4,9 @@
 
 Below 8 bits a unit is the codes of one column c of a block of 128 (`unpack`): b neighbouring words of each plane,
 holding k = 8t + 2c + l for all t and l. XLA gives the units of a row to the threads of a warp, so that a thread loads
-16 bytes of a 4-bit weight at a time and its neighbours the next 16. The dense weight is never written. Several rows of
-x are one reduction of as many operands: a code is decoded once for all. Codes of 8 bits are multiplied one by one.
+16 bytes of a 4-bit weight at a time and its neighbours the next 16. The dense weight is never written. Two rows of
+x are one reduction of as many operands, a code being decoded once for both; of three and four XLA would write the sums
+of units to memory, so that they are two reductions, one after the other. Codes of 8 bits are multiplied one by one.
 
     (word & 0xf << q) | 0x4b000000  =  2^23 + code * 2^q         then  - (2^23 + zero * 2^q)  and  * x
 
@@ -32,6 +33,7 @@ from pallas_kernels.finish import finish
 from pallas_kernels.xla import dequantize_dot, unpack
 
 M_MAX = 4  # rows of x: every one more is two instructions a code, and tensor cores are near
+_AT_ONCE = 2  # rows of x
 _UNIT = 32  # codes
 _MANTISSA = 23
 _ENOUGH_ROWS = 10240
@@ -283,7 +285,11 @@ def matmul(
         y = _wide_product(x, packed, scale, zero_point, entries, group, block_n)
     else:
         zero = unpack.middle(weight, bits)
-        y = _packed_product(x, packed, scale, zero_point, entries, zero, bits, group, block_n, config)
+        given = (packed, scale, zero_point, entries, zero, bits, group, block_n, config)
+        y, rest = _packed_product(x[:_AT_ONCE], *given), x[_AT_ONCE:]
+        if rest.size:
+            y, rest = jax.lax.optimization_barrier((y, rest))  # else XLA makes one reduction of both
+            y = jnp.concatenate([y, _packed_product(rest, *given)])
     return finish(
         y, jnp.dtype(out_dtype or x.dtype), global_scale=global_scale, bias=bias, activation=activation,
         residual=residual,

@@ -166,7 +166,8 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.175, 1.0, 2.5e-6, _H200 + "46 us (int3 g128) at M=1", 0, 1, 0.0, ("int3",)),
         Efficiency(0.29, 1.0, 2.5e-6, _H200 + "35 us (nf4), 37 (mxfp4), 40 (nvfp4) at M=1", 0, 1, 0.0, _TABLES),
         Efficiency(0.36, 1.0, 2.5e-6, _H200 + "29 us (int4 g128) at M=1", m_max=1),
-        Efficiency(0.28, 1.0, 2.5e-6, _H200 + "37 us (int4 g128) at M=2"),
+        Efficiency(0.28, 1.0, 2.5e-6, _H200 + "37 us (int4 g128) at M=2", m_max=2),
+        Efficiency(0.14, 1.0, 5e-6, _H200 + "37 us (int4 g128) at M=2, which is done twice"),
     ),
     ("xla.multiply_reduce", "gpu", False): (
         Efficiency(0.65, 1.0, 3e-6, _H200 + "30 us (int8) at M=1", m_max=1),

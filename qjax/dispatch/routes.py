@@ -102,7 +102,7 @@ ROUTES: tuple[Route, ...] = (
     Route("triton.dequantize_dot", "triton", "pallas_kernels.triton.dequantize_dot", INTEGERS | TABLES | {"e2m1"},
           AS_IT_IS, SCALED | ZEROS | PIECES, GPU, 80, m_min=17),
     Route("xla.multiply_reduce", "xla", "pallas_kernels.xla.multiply_reduce", None,
-          AS_IT_IS, SCALED | ZEROS | PIECES | {"codebook"}, GPU, m_min=1, m_max=2),
+          AS_IT_IS, SCALED | ZEROS | PIECES | {"codebook"}, GPU, m_min=1, m_max=4),
     Route("xla.dequantize_dot", "xla", "pallas_kernels.xla.dequantize_dot", None,
           AS_IT_IS, SCALED | ZEROS | PIECES | {"codebook"}, GPU, m_min=1),
     Route("xla.int8_dot", "xla", "pallas_kernels.xla.int8_dot", frozenset({"int8"}),
