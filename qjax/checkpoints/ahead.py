@@ -4,7 +4,6 @@ Both are a little ahead of whoever takes what they give, and no more: memory is 
 where somebody stops.
 """
 
-import mmap
 import os
 import threading
 from collections import deque
@@ -17,7 +16,6 @@ from qjax.checkpoints.files import CheckpointFiles
 
 THREADS = 2  # one of them may wait for memory or the disk while the other, in Python, looks at what it found
 WINDOW = 256 << 20  # bytes of a file that the disk is ahead: what it reads in a tenth of a second, or in one
-_AT_ONCE = 8 << 20  # bytes
 
 
 def in_order[T, R](work: Callable[[T], R], items: Iterable[T], *, threads: int = THREADS) -> Generator[R]:
@@ -85,7 +83,6 @@ class ReadAhead:
         return sum(entry.stop - entry.start for entry in map(self._files.entry, self._files.names_in(module)))
 
     def _run(self) -> None:
-        scratch = memoryview(mmap.mmap(-1, _AT_ONCE))  # which is no memory before it is needed
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or (self._wanted and self._ahead < self._window))
@@ -94,5 +91,5 @@ class ReadAhead:
                 module = self._wanted.popleft()
                 self._ahead += self._size(module)
                 late = self._ahead <= 0  # it has been read by now
-            if not late and not self._files.read_ahead(module, scratch):
+            if not late and not self._files.read_ahead(module):
                 return

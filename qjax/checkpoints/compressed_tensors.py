@@ -34,6 +34,8 @@ ACTIVATIONS = {
 }
 ACTIVATION_BLOCK = 128
 
+OUTPUT_ACTIVATIONS = "output_activations are left as they are: QJAX quantizes what goes into a product alone"
+
 # Scales of what a projection gives, by which older writers mean those of a KV cache.
 OUTPUTS = ("output_scale", "output_zero_point")
 
@@ -47,7 +49,7 @@ class Group:
     format: str | None
     weights: Arguments | None
     activation: Activation | None
-    note: str | None
+    notes: tuple[str, ...]
 
 
 def reader(files: CheckpointFiles, settings: Settings) -> Source:
@@ -64,7 +66,7 @@ def reader(files: CheckpointFiles, settings: Settings) -> Source:
         raise settings.error("format", f"one of {', '.join((*WEIGHTS, MIXED, DENSE))}: others are not read")
     groups = _groups(settings, form)
     ignore = settings.strings("ignore")
-    notes = [f"{group.name}: {group.note}" for group in groups if group.note]
+    notes = [f"{group.name}: {note}" for group in groups for note in group.notes]
 
     def read(prefix: str) -> tuple[QTensor, tuple[str, ...]] | None:
         tensors = ModuleTensors(files, prefix)
@@ -101,7 +103,9 @@ def _groups(settings: Settings, form: str) -> tuple[Group, ...]:
             raise group.error("format", f"one of {', '.join(WEIGHTS)}: others are not read")
         arguments = None if weights is None or own == DENSE else Arguments.of(weights)
         activation, note = _activation(group)
-        found.append(Group(group.where, group.strings("targets"), own, arguments, activation, note))
+        outputs = None if group.part("output_activations") is None else OUTPUT_ACTIVATIONS
+        notes = tuple(said for said in (note, outputs) if said is not None)
+        found.append(Group(group.where, group.strings("targets"), own, arguments, activation, notes))
     return tuple(found)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qjax.checkpoints.ahead import ReadAhead, in_order
-from qjax.checkpoints.files import CheckpointFiles, into_cache
+from qjax.checkpoints.files import CheckpointFiles, Entry
 from qjax.errors import CheckpointError
 
 SIZE, MODULES = 100, [f"m{i}" for i in range(6)]
@@ -74,7 +74,8 @@ def soon(holds: Callable[[], bool]) -> bool:
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in its cache")
 def test_the_disk_is_a_window_ahead_of_what_was_taken(files: CheckpointFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("qjax.checkpoints.files.into_cache", lambda _, start, stop, scratch: asked.append(start))
+    monkeypatch.setattr("qjax.checkpoints.files._is_cached", lambda entry: False)
+    monkeypatch.setattr("qjax.checkpoints.files._into_cache", lambda entry: asked.append(entry.start))
     starts = [files.entry(f"{module}.{name}").start for module in MODULES for name in "ab"]
     with ReadAhead(files, window=2 * SIZE) as ahead:
         ahead.want(MODULES[:1])
@@ -91,7 +92,8 @@ def test_the_disk_is_a_window_ahead_of_what_was_taken(files: CheckpointFiles, mo
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in its cache")
 def test_what_was_taken_already_is_not_asked_for(files: CheckpointFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("qjax.checkpoints.files.into_cache", lambda _, start, stop, scratch: asked.append(start))
+    monkeypatch.setattr("qjax.checkpoints.files._is_cached", lambda entry: False)
+    monkeypatch.setattr("qjax.checkpoints.files._into_cache", lambda entry: asked.append(entry.start))
     with ReadAhead(files) as ahead:
         for module in MODULES[:4]:
             ahead.taken(module)
@@ -101,23 +103,25 @@ def test_what_was_taken_already_is_not_asked_for(files: CheckpointFiles, monkeyp
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in its cache")
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_range_is_read_piece_by_piece_where_it_is_not_in_the_cache(
-    cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("missing", [None, "m2.a", "m2.b"])
+def test_a_module_is_read_to_its_end_where_one_of_its_tensors_is_not_in_the_cache(
+    missing: str | None, files: CheckpointFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qjax.checkpoints.files._is_cached", lambda file, at: cached)
-    data, read, pieces = bytes(range(200)), os.preadv, []
+    def is_cached(entry: Entry) -> bool:
+        return missing is None or entry != files.entry(missing)
 
-    def recorded(file: int, buffers: list[memoryview], at: int) -> int:
-        count = read(file, buffers, at)
-        pieces.append((at, bytes(buffers[0][:count])))
-        return count
+    monkeypatch.setattr("qjax.checkpoints.files._is_cached", is_cached)
+    send, sent = os.sendfile, []
 
-    monkeypatch.setattr(os, "preadv", recorded)
-    (tmp_path / "file").write_bytes(data)
-    with (tmp_path / "file").open("rb") as file:
-        into_cache(file.fileno(), 10, 190, memoryview(bytearray(64)))
-    assert pieces == ([] if cached else [(i, data[i : min(i + 64, 190)]) for i in (10, 74, 138)])
+    def a_part(out: int, file: int, start: int, count: int) -> int:
+        done = send(out, file, start, min(count, 30))
+        sent.append((start, done))
+        return done
+
+    monkeypatch.setattr(os, "sendfile", a_part)
+    assert files.read_ahead("m2")
+    start = files.entry("m2.a").start
+    assert sent == ([] if missing is None else [(start, 30), (start + 30, 20), (start + 50, 30), (start + 80, 20)])
 
 
 def test_a_file_that_is_gone_stops_the_thread_and_nobody_else(files: CheckpointFiles) -> None:

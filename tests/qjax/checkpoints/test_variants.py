@@ -322,6 +322,17 @@ def test_what_tools_write_differently_is_the_same_model(
         assert "2 tensors of" in str(qjax.explain(model))
 
 
+def test_activations_that_are_not_quantized_as_asked_are_noted(
+    plain: Callable[[str], tuple[Path, np.ndarray]], tmp_path: Path
+) -> None:
+    parts = parts_of(plain("packed")[0])
+    asked = dict(num_bits=8, type="int", strategy="tensor", dynamic=False)
+    parts.group.update(input_activations=asked | {"symmetric": False}, output_activations=asked)
+    told = str(qjax.explain(qjax.load(write(tmp_path / "model", parts))))
+    assert "group_0: input_activations (num_bits=8, type=int, strategy=tensor, dynamic=False, symmetric=False)" in told
+    assert "group_0: output_activations are left as they are" in told
+
+
 # What cannot be read for sure -> (base, change, what the error says).
 REFUSED: dict[str, tuple[str, Callable[[Parts], Any], str]] = {
     "act-order whose index is lost": (
