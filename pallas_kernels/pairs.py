@@ -4,6 +4,11 @@ to emit it. A word holds the codes of a pair at the same place of its two halves
     integers   word & mask | exponent    the bf16 pair 128 + code, exact;  then  + (-128 - zero)
     e2m1       sign to bit 15, exponent and mantissa to bits 8..6: the bf16 pair value * 2^-126, exact;  then  * 2^126
     tables     both bytes of each bf16 by PRMT, four codes at a time
+
+Codes of 8 bits are neighbouring bytes of a word:
+
+    int8       the bf16 pairs 128 + low seven bits, and 128 or, of negative codes, 256: their difference, exact
+    e4m3       sign to bit 15, exponent and mantissa to bits 10..4: the bf16 pair value * 2^-120, exact;  then  * 2^120
 """
 
 from typing import Any
@@ -16,6 +21,9 @@ PAIR = {"bfloat16": "bf16x2", "float16": "f16x2"}  # a register of two, in PTX
 MAGIC = {"bfloat16": (0x4300, 128.0), "float16": (0x6400, 1024.0)}
 # e2m1 -> float by shifts: the bit where the mantissa ends, and 2^(bias - 1).
 E2M1 = {"bfloat16": (6, 2.0**126), "float16": (9, 2.0**14)}
+
+# e4m3 -> float by shifts from each half's high byte: how far, the mask of what moves, 2^(difference of biases).
+E4M3 = {"bfloat16": (4, 0x07F007F0, 2.0**120), "float16": (1, 0x3F803F80, 2.0**8)}
 
 _FP4 = (0.0, 0.0052083333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
 _HIGGS = (
@@ -86,6 +94,29 @@ def pair(nibble: int, weight: str, dtype: str, less: str | None) -> str:
             f"fma.rn.{PAIR[dtype]} $0, v, f, a; }}"
         )
     return look_up(nibble, TABLES[weight], dtype)
+
+
+def byte_pair(second: int, weight: str, dtype: str) -> str:
+    """The values of the first or second two of a word's four codes of 8 bits, "int8" or "e4m3"."""
+    if weight == "e4m3":
+        shift, mask, factor = E4M3[dtype]
+        return (
+            f"{{ .reg .b32 h, s, v, f, a; prmt.b32 h, $1, 0, 0x{(0x1404, 0x3424)[second]:04x}; shr.b32 s, h, {shift}; "
+            f"and.b32 s, s, 0x{mask:08x}; lop3.b32 v, h, 0x80008000, s, 0xEA; mov.b32 f, {constant(factor, dtype)}; "
+            f"mov.b32 a, {constant(-0.0, dtype)}; fma.rn.{PAIR[dtype]} $0, v, f, a; }}"
+        )
+    bytes_ = f"prmt.b32 h, $1, 0, 0x{(0x4140, 0x4342)[second]:04x};"
+    exponent = f"0x{MAGIC[dtype][0] * 0x00010001:08x}"
+    if dtype == "float16":  # which has room for the whole code behind its exponent
+        return (
+            f"{{ .reg .b32 h, v, a; {bytes_} lop3.b32 v, h, 0x00800080, {exponent}, 0xBE; "
+            f"mov.b32 a, {constant(-MAGIC[dtype][1] - 128, dtype)}; add.rn.f16x2 $0, v, a; }}"
+        )
+    return (
+        f"{{ .reg .b32 h, v, s, f; {bytes_} lop3.b32 v, h, 0x007f007f, {exponent}, 0xEA; "
+        f"lop3.b32 s, h, 0x00800080, {exponent}, 0xEA; mov.b32 f, {constant(-1.0, dtype)}; "
+        f"fma.rn.{PAIR[dtype]} $0, s, f, v; }}"
+    )
 
 
 def both(dtype: str) -> str:

@@ -5,10 +5,10 @@ import math
 
 import jax.numpy as jnp
 
-BLOCK = 128  # columns of K: 64 bytes of a row's codes
+BLOCK_BYTES = 64  # of a row's codes
+BYTES = ("int8", "e4m3")  # formats whose codes are bytes
 STRIP = 16  # rows of the weight: those of `mma`
 MOST_ROWS = 16  # of x
-X_PITCH = 2 * BLOCK + 16  # bytes between rows of x of a block in shared memory: no bank twice
 _REGISTERS = 80  # of a thread, for x and its sums
 
 
@@ -65,6 +65,21 @@ class Plan:
     mean: tuple[int, int, float] | None = None  # x's sums of squares: how many, of so many features; epsilon
 
     @property
+    def block(self) -> int:
+        """Columns of K."""
+        return block_of(self.weight)
+
+    @property
+    def steps(self) -> int:
+        """Products of 16 columns that make a block."""
+        return self.block // 16
+
+    @property
+    def x_pitch(self) -> int:
+        """Bytes between rows of x of a block in shared memory: no bank twice."""
+        return 2 * self.block + 16
+
+    @property
     def rows(self) -> int:
         """Of a program."""
         return STRIP * self.config.strips
@@ -97,7 +112,7 @@ class Plan:
     @property
     def pieces(self) -> int:
         """Of a block, with a scale each."""
-        return 1 if self.scale is None else max(1, BLOCK // self.group)
+        return 1 if self.scale is None else max(1, self.block // self.group)
 
     @property
     def offset_by_sums(self) -> bool:
@@ -121,7 +136,7 @@ class Plan:
 
     def column_unit(self, dtype: str) -> int:
         """Bytes that a lane copies at a time of a row's entries; 0 where they do not begin at whole words."""
-        if self.group > BLOCK:
+        if self.group > self.block:
             return 0
         unit = math.gcd(self.column_bytes(dtype), self.groups * jnp.dtype(dtype).itemsize, 16)
         return unit if unit >= 4 else 0
@@ -144,12 +159,12 @@ class Plan:
     @property
     def slot_of_codes(self) -> int:
         """Bytes of a warp's and strip's codes."""
-        return self.config.blocks * STRIP * BLOCK // 2
+        return self.config.blocks * STRIP * BLOCK_BYTES
 
     @property
     def x_bytes(self) -> int:
         """Of a warp: x of a chunk, and 16 bytes of zeros."""
-        return self.config.blocks * self.m * X_PITCH + 16
+        return self.config.blocks * self.m * self.x_pitch + 16
 
     @property
     def operands(self) -> list[str]:
@@ -184,22 +199,28 @@ class Plan:
         return {name: size for name, size in found.items() if size}
 
 
+def block_of(weight: str) -> int:
+    """Columns of K whose codes are `BLOCK_BYTES` of a row."""
+    return BLOCK_BYTES if weight in BYTES else 2 * BLOCK_BYTES
+
+
 def offset_by_sums(weight: str, x: str) -> bool:
     """Whether what codes are off by is taken from the sums, times the sum of x, and not from the values. Sums of
     float16's `1024 + code` would lose three bits more."""
     return weight == "int4" and x == "bfloat16"
 
 
-def first_choice(m: int, n: int, k: int, group: int, sums: bool, sms: int) -> Few:
+def first_choice(m: int, n: int, k: int, group: int, sums: bool, sms: int, block: int) -> Few:
     """A configuration from the shape and the chip: one wave of programs, or as few as make do.
 
     A warp has four or eight blocks on the way: more take longer to ask for than they save.
 
     Args:
       sums: whether sums of x are kept (`Plan.offset_by_sums`).
+      block: columns of one (`Plan.block`).
     """
-    tiles, blocks, strips = -(-m // 8), -(-k // BLOCK), -(-n // STRIP)
-    of_block = 16 * tiles + sums * 2 * tiles * max(1, BLOCK // group)  # registers
+    tiles, blocks, strips = -(-m // 8), -(-k // block), -(-n // STRIP)
+    of_block = block // 8 * tiles + sums * 2 * tiles * max(1, block // group)  # registers
     warps = 8
     while warps > 1 and warps >= 2 * blocks:
         warps //= 2
@@ -209,12 +230,12 @@ def first_choice(m: int, n: int, k: int, group: int, sums: bool, sms: int) -> Fe
     of_program = -(-strips // (-(-strips // (12 * sms)) * sms))
     rounded = -(-of_program // side_by_side) * side_by_side
     chunks = -(-blocks // (warps * a_warp))
-    return Few(warps, side_by_side, rounded, a_warp, 1 if a_warp == 4 and chunks == 1 else 2)
+    return Few(warps, side_by_side, rounded, a_warp, 1 if a_warp >= (4 if chunks == 1 else 8) else 2)
 
 
-def candidates(m: int, n: int, k: int, group: int, sums: bool, sms: int) -> list[Few]:
+def candidates(m: int, n: int, k: int, group: int, sums: bool, sms: int, block: int) -> list[Few]:
     """Configurations worth measuring, whether or not they fit."""
-    own = first_choice(m, n, k, group, sums, sms)
+    own = first_choice(m, n, k, group, sums, sms, block)
     found: list[Few] = []
     for strips in sorted({own.strips, -(-own.strips // 2), own.strips + 1}):
         for warps, side_by_side in ((8, 1), (16, 1), (4, 1), (4, 2)):

@@ -1,8 +1,9 @@
 """The program of `matmul_few`: what one lane does.
 
-Lane `4r + c` of a warp has rows r and r + 8 of a strip. A block of 128 columns of these are its words `4c .. 4c + 3`,
-twice (`operand`), which it has copied itself; the second operand of `mma` is x, row r of each tile of eight, columns
-`8t + 2c`, `8t + 2c + 1` for t = 0 .. 15; sums are `[rows r, r + 8][columns 2c, 2c + 1 of the tile]`.
+Lane `4r + c` of a warp has rows r and r + 8 of a strip. A block of 64 bytes of these are its words `4c .. 4c + 3`,
+twice, which it has copied itself. The second operand of `mma` is x, row r of each tile of eight, those columns whose
+codes the lane has: of 128 columns of 4 bits in the packed order `8t + 2c`, `8t + 2c + 1` for t = 0 .. 15, of 64
+of bytes `16c` to `16c + 15`. Sums are `[rows r, r + 8][columns 2c, 2c + 1 of the tile]`.
 """
 
 import functools
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic.few_plan import BLOCK, STRIP, X_PITCH, Plan
+from pallas_kernels.mosaic.few_plan import BLOCK_BYTES, BYTES, STRIP, Plan
 from pallas_kernels.pairs import MAGIC
 
 _MIDDLE = 8.0
@@ -78,24 +79,28 @@ class Program:
     def _sources(self, turn: Any, chunk: Any) -> tuple[list[Any], Any, Any, Any]:
         """Of a strip and chunk: where the codes of both rows are, the rows, the first block, the blocks left."""
         rows, block = self.rows(turn), self.first_block + chunk * self.plan.config.blocks
-        codes = [self.at["packed"] + row * (64 * self.plan.blocks) + (block * 64 + self.quad * 16) for row in rows]
+        codes = [
+            self.at["packed"] + row * (BLOCK_BYTES * self.plan.blocks) + (block * BLOCK_BYTES + self.quad * 16)
+            for row in rows
+        ]
         return codes, rows, block, self._left(chunk)
 
     # Copies, to be awaited in groups: one a block, x and scales with the first block of the strip that is fetched next
 
     def copy_x(self, chunk: Any) -> None:
-        """Of a chunk, `[blocks, M]` rows of 128 columns, 16 bytes a lane."""
+        """Of a chunk, `[blocks, M]` rows of a block's columns, 16 bytes a lane."""
         o, plan = self.o, self.plan
-        of_row, left = 16 * plan.config.blocks, self._left(chunk)
+        of_block = plan.block // 8
+        of_row, left = of_block * plan.config.blocks, self._left(chunk)
         for first in range(0, plan.m * of_row, 32):
             piece = o.lane + first
             row, column = piece // of_row, piece % of_row
-            block = column // 16
+            block = column // of_block
             inside = o.choose(row < plan.m, left, self.nothing) > block
-            to = self.x + (block * plan.m + row) * X_PITCH + column % 16 * 16
+            to = self.x + (block * plan.m + row) * plan.x_pitch + column % of_block * 16
             rest = row < plan.m if first + 32 > plan.m * of_row else None
-            column = (self.first_block + chunk * plan.config.blocks) * 16 + column
-            at = self.at["x"] + o.minimum(row, plan.m - 1) * (2 * BLOCK * plan.blocks) + column * 16
+            column = (self.first_block + chunk * plan.config.blocks) * of_block + column
+            at = self.at["x"] + o.minimum(row, plan.m - 1) * (2 * plan.block * plan.blocks) + column * 16
             o.copy("x", to, 0, at, 0, 16, inside, rest)
 
     def fetch(self, slot: Any, j: int, sources: tuple[list[Any], Any, Any, Any]) -> None:
@@ -123,22 +128,30 @@ class Program:
 
     def load_x(self) -> list[list[list[Any]]]:
         """`[block][tile][2 i + half]` of the second operands."""
-        o, plan = self.o, self.plan
+        plan = self.plan
         found: list[list[list[Any]]] = []
         for j in range(plan.config.blocks):
             found.append([])
             for tile in range(plan.tiles):
-                row, registers = (o.lane & 7) + 8 * tile, []
-                begin = self.x + (row + j * plan.m) * X_PITCH + (o.lane >> 3) * 16
-                for t in range(0, 16, 4):
-                    at = (
-                        begin + 16 * t
-                        if 8 * tile + 8 <= plan.m
-                        else o.choose(row < plan.m, begin + 16 * t, self._zeros)
-                    )
-                    registers += o.read_matrices("x", at)
-                found[-1].append(registers)
+                found[-1].append(self._x_of_bytes(j, tile) if plan.weight in BYTES else self._x_of_nibbles(j, tile))
         return found
+
+    def _x_of_nibbles(self, j: int, tile: int) -> list[Any]:
+        row, registers = (self.o.lane & 7) + 8 * tile, []
+        for t in range(0, 16, 4):
+            registers += self.o.read_matrices("x", self._place_of_x(j, tile, row, (self.o.lane >> 3) * 16 + 16 * t))
+        return registers
+
+    def _x_of_bytes(self, j: int, tile: int) -> list[Any]:
+        row, registers = self.row + 8 * tile, []
+        for half in (0, 16):
+            registers += self.o.read("x", self._place_of_x(j, tile, row, self.quad * 32 + half), 16)
+        return registers
+
+    def _place_of_x(self, j: int, tile: int, row: Any, offset: Any) -> Any:
+        """Of 16 bytes of a row in block j, or of zeros where there is no such row."""
+        at = self.x + (row + j * self.plan.m) * self.plan.x_pitch + offset
+        return at if 8 * tile + 8 <= self.plan.m else self.o.choose(row < self.plan.m, at, self._zeros)
 
     def entries(self, name: str, slot: Any, rows: list[Any], block: Any) -> Callable[[int, int], Any]:
         """Scales or zero points of a chunk of a strip: of a half and a piece, in float32, made when asked for."""
@@ -160,7 +173,7 @@ class Program:
             return reals(half, i * size // 4)[i * size % 4 // size]
 
         def of_memory(half: int, i: int) -> Any:
-            entry = (block + i) // (plan.group // BLOCK) if plan.group > BLOCK else block * plan.pieces + i
+            entry = (block + i) // (plan.group // plan.block) if plan.group > plan.block else block * plan.pieces + i
             at = self.at[name] + rows[half] * (plan.groups * size) + o.minimum(entry, plan.groups - 1) * size
             return o.as_reals(o.load(at, size)[0], dtype)[0]
 
@@ -185,7 +198,8 @@ class Program:
 
     def _steps(self, piece: int) -> range:
         """Products of 16 columns that make a piece."""
-        return range(8 * piece // self.plan.pieces, 8 * (piece + 1) // self.plan.pieces)
+        steps, pieces = self.plan.steps, self.plan.pieces
+        return range(steps * piece // pieces, steps * (piece + 1) // pieces)
 
     def chunk(self, chunk: Any, slot: Any, to_turn: Any, to_chunk: Any) -> list[Any]:
         """All strips of a chunk of K."""
@@ -242,9 +256,7 @@ class Program:
                     parts[0][tile] = [o.multiply(v, s) for v in less for s in of_x] if plan.zeros else [*of_x, *of_x]
             pairs = [o.both(v, plan.x) if v is not None else None for v in less]
             for i in self._steps(piece):
-                a = [
-                    self._values(words[half][t // 4], t % 4, pairs[half]) for t in (2 * i, 2 * i + 1) for half in (0, 1)
-                ]
+                a = [self._values(words[half], t, pairs[half]) for t in (2 * i, 2 * i + 1) for half in (0, 1)]
                 for tile, registers in enumerate(x):
                     part = parts[i % chains][tile]
                     parts[i % chains][tile] = o.mma(a, registers[2 * i : 2 * i + 2], part, plan.x)
@@ -257,11 +269,14 @@ class Program:
                         total[tile][value] = o.fma(part, columns["scale"](value // 2, entry), total[tile][value])
         return total
 
-    def _values(self, word: Any, nibble: int, less: Any) -> Any:
+    def _values(self, words: list[Any], t: int, less: Any) -> Any:
+        """Pair t of a row's block."""
         plan = self.plan
+        if plan.weight in BYTES:
+            return self.o.byte_pair(words[t // 2], t % 2, plan.weight, plan.x)
         if plan.offset_by_sums:
-            return self.o.offset_pair(word, nibble, plan.x)
-        return self.o.pair(word, nibble, plan.weight, plan.x, less)
+            return self.o.offset_pair(words[t // 4], t % 4, plan.x)
+        return self.o.pair(words[t // 4], t % 4, plan.weight, plan.x, less)
 
     def add_up(self, turn: Any, chunk: Any, total: list[list[Any]]) -> None:
         """Adds a strip's sums of a chunk to those of the chunks before."""

@@ -17,7 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
-from pallas_kernels.pairs import PAIR, both, pair, with_exponent
+from pallas_kernels.pairs import PAIR, both, byte_pair, pair, with_exponent
 
 _ORDER = arith.CmpIPredicate
 
@@ -251,6 +251,10 @@ class Lanes:
         """The codes at a nibble of both halves of a word, plus `pallas_kernels.pairs.MAGIC`'s offset."""
         text = f"{{ .reg .b32 s; shr.b32 s, $1, {4 * nibble}; {with_exponent(4, dtype, '$0', 's')} }}"
         return self._ptx(text, word, out="r", effects=False)[0]
+
+    def byte_pair(self, word: Int, second: int, weight: str, dtype: str) -> Int:
+        """The values of the first or second two bytes of a word (`pallas_kernels.pairs.byte_pair`)."""
+        return self._ptx(byte_pair(second, weight, dtype), word, out="r", effects=False)[0]
 
     def both(self, value: ir.Value, dtype: str) -> Int:
         """A float32 in both halves of a register, rounded."""

@@ -182,6 +182,15 @@ class NumpyLanes:
         low, high = (h.astype(_16_BITS[dtype]).view(np.uint16).astype(np.int64) for h in halves)
         return low | (high << 16)
 
+    def byte_pair(self, word: np.ndarray, second: int, weight: str, dtype: str) -> np.ndarray:
+        """By the definition of the format."""
+        form, of_code = _16_BITS[dtype], {"int8": np.dtype(np.int8), "e4m3": jnp.dtype("float8_e4m3fn")}[weight]
+        low, high = (
+            ((word >> (8 * (2 * second + i))) & 255).astype(np.uint8).view(of_code).astype(form).view(np.uint16)
+            for i in (0, 1)
+        )
+        return low.astype(np.int64) | (high.astype(np.int64) << 16)
+
     def both(self, value: np.ndarray, dtype: str) -> np.ndarray:
         """A float32 in both halves, rounded."""
         half = value.astype(_16_BITS[dtype]).view(np.uint16).astype(np.int64)

@@ -1,13 +1,14 @@
-"""y = residual + activation(x @ w + bias) on Hopper for few rows of x, with weights of 4 bits: a stream of codes.
+"""y = residual + activation(x @ w + bias) on Hopper for few rows of x, with weights of 4 or 8 bits: a stream of codes.
 
     y[m, n] = sum_k x[m, k] * value(code[n, k]) * scale[n, k // g]
     value(code) = code - zero_point, or a table's entry
 
 Operands
     x          bfloat16 or float16 [M, K], M <= 16
-    packed     uint32 [N, B, 16], B = ceil(K / 128): the packed order
-    scale      float16, bfloat16, float32, e4m3 or e8m0 [N, ceil(K / g)], g = 16, 32, 64 or a multiple of 128; or [1, 1]
-    zero_point int8, like scale; bias [N]; residual [M, N]; global_scale float32 [] or [N]
+    packed     uint32 [N, B, 16], B = ceil(K / 128): the packed order; or int8 or float8_e4m3fn [N, K], 64 dividing K
+    scale      float16, bfloat16, float32, e4m3 or e8m0 [N, ceil(K / g)], g = 16, 32, 64 or a multiple of 128, of bytes
+               no less than 64; or [1, 1]
+    zero_point int8, like scale, of 4 bits; bias [N]; residual [M, N]; global_scale float32 [] or [N]
 
 Work: a program owns `16 * strips` rows of the weight and all of K, so that one wave of programs, one or two to a
 multiprocessor, shares any weight evenly. Its warps share K; each has x of a few blocks in registers, the second operand
@@ -18,11 +19,12 @@ of `mma.m16n8k16`, and walks over the strips:
                                                                          sum += part * scale
     sums of a strip ──▶ shared memory [warps, M, rows];   at the end: their sum, epilogue, y
 
-There is nobody to wait for: the packed order is that operand's order, so that a lane needs just the bytes it has copied
-itself. The ring is the lane's own, its copies are awaited by itself, and the one barrier is that before the end.
+There is nobody to wait for: the packed order is that operand's order, and where codes are bytes x is brought to theirs,
+so that a lane needs just what it has copied itself. The ring is the lane's own, its copies are awaited by itself, and
+the one barrier is that before the end.
 
-Codes of integers are `128 + code` in bfloat16, exactly (`pallas_kernels.pairs`). What they are off by, 136 or with
-a zero point `128 + zero`, is not taken from each of them but, times the sum of x, from the sum.
+Codes of integers of 4 bits are `128 + code` in bfloat16, exactly (`pallas_kernels.pairs`). What they are off by, 136 or
+with a zero point `128 + zero`, is not taken from each of them but, times the sum of x, from the sum.
 
 Numerics: products of values and x are exact in the tensor cores, sums float32 in a fixed order, one rounding, of the
 result. Exception: NF4 and FP4 values are rounded to x's type.
@@ -41,7 +43,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.finish import finish
 from pallas_kernels.grouped import why_not
 from pallas_kernels.mosaic import columns
-from pallas_kernels.mosaic.few_plan import BLOCK, MOST_ROWS, Few, Plan, candidates, first_choice, offset_by_sums
+from pallas_kernels.mosaic.few_plan import (
+    BYTES,
+    MOST_ROWS,
+    Few,
+    Plan,
+    block_of,
+    candidates,
+    first_choice,
+    offset_by_sums,
+)
 from pallas_kernels.mosaic.lanes import Lanes
 from pallas_kernels.mosaic.lanes_numpy import NumpyLanes
 from pallas_kernels.mosaic.launch import launch
@@ -67,6 +78,10 @@ def unsupported(m: int, k: int, n: int, *, transposed: bool, **facts: Any) -> st
         return "it multiplies by the weight, not by its transpose"
     if m > MOST_ROWS:
         return f"it is made for up to {MOST_ROWS} rows of x, not {m}"
+    if facts["weight"] in BYTES:
+        block = block_of(facts["weight"])
+        if k % block or facts["group"] < min(k, block) or "zero_point" in facts["features"]:
+            return f"of bytes it takes K and groups by {block}, not {k} and {facts['group']}, and no zero points"
     return why_not(k, n, **(facts | {"scale_dtype": "float32"}))  # which scales of any type are, here
 
 
@@ -75,7 +90,7 @@ def configs(
 ) -> list[dict[str, int]]:
     """Configurations worth measuring; those that need too much shared memory do not compile."""
     sums = offset_by_sums(weight, x_dtype)
-    return [dataclasses.asdict(one) for one in candidates(m, n, k, group, sums, sms)]
+    return [dataclasses.asdict(one) for one in candidates(m, n, k, group, sums, sms, block_of(weight))]
 
 
 def matmul(
@@ -99,7 +114,7 @@ def matmul(
     """The product of the module's docstring.
 
     Args:
-      weight: "int4", "e2m1", "nf4" or "fp4".
+      weight: "int4", "e2m1", "nf4", "fp4", "int8" or "e4m3".
       group: elements of K that share a scale; K or more for one scale a row.
       config: fields of `Few`; empty takes `first_choice` for the shape.
       sms: multiprocessors of the chip.
@@ -142,7 +157,8 @@ def product(
     interpret: bool = False,
 ) -> list[jax.Array]:
     """The arrays of `Plan.results`, of a product that `ends` so; operands as in `matmul` and `layer_steps`."""
-    (m, k), (n, blocks) = x.shape, packed.shape[:2]
+    (m, k), n, block = x.shape, packed.shape[0], block_of(weight)
+    blocks = -(-k // block)
     scale, global_scale = _per_row(scale, global_scale, n)
     of_rows = scale.shape[1] == 1
     given = dict(global_scale=global_scale, bias=bias, residual=residual, norm=norm, squares_of_x=squares_of_x)
@@ -155,7 +171,7 @@ def product(
         weight=weight,
         x=x.dtype.name,
         scale=None if of_rows else scale.dtype.name,
-        group=blocks * BLOCK if of_rows else group,
+        group=blocks * block if of_rows else group,
         groups=scale.shape[1],
         zeros=zero_point is not None,
         row_scale=scale.dtype.name if of_rows else None,
@@ -163,13 +179,16 @@ def product(
         bias=dtypes.get("bias"),
         residual=dtypes.get("residual"),
         out=out,
-        config=Few(**config) if config else first_choice(m, n, k, group, offset_by_sums(weight, x.dtype.name), sms),
+        config=Few(**config)
+        if config
+        else first_choice(m, n, k, group, offset_by_sums(weight, x.dtype.name), sms, block),
         ends=ends,
         norm=dtypes.get("norm"),
         mean=None if squares_of_x is None else (squares_of_x.shape[1], k, epsilon),
     )
-    x = jnp.pad(x, ((0, 0), (0, BLOCK * blocks - k)))
-    arrays = [x, packed.reshape(n, -1), columns.as_loaded(scale)]
+    x = jnp.pad(x, ((0, 0), (0, block * blocks - k)))
+    codes = jax.lax.bitcast_convert_type(packed, jnp.int8) if weight in BYTES else packed.reshape(n, -1)
+    arrays = [x, codes, columns.as_loaded(scale)]
     return _call(plan, arrays + [a for a in (zero_point, *inside.values()) if a is not None], interpret)
 
 

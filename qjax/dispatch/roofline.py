@@ -114,6 +114,8 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.79, 1.0, 5.5e-6, _H200 + "18 us (int4 g128) at M=8", m_max=8),
         Efficiency(0.72, 1.0, 7.5e-6, _H200 + "21 us (int4 g128) at M=16"),
     ),
+    # Below triton.matmul_8bit, so that nothing takes it before it has been measured.
+    ("mosaic.matmul_few", "gpu", False): (Efficiency(0.5, 1.0, 1e-5, "not measured yet"),),
     ("mosaic.matmul_packed", "gpu", True): (
         Efficiency(0.41, 0.4, 7.6e-6, _H200 + "32 us (nf4) at M=1", 0, 32, 0.0, ("nf4", "fp4")),
         Efficiency(0.29, 0.43, 8e-6, _H200 + "42 us (nf4) at M=64", 0, 64, 0.0, ("nf4", "fp4")),

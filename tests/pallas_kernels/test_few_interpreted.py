@@ -30,6 +30,12 @@ CASES = [
     ("fp4", (2, 192, 64), None, 1.7),
     ("mxfp4", (3, 1056, 64), None, 1.05),
     ("nvfp4", (3, 1040, 48), None, 1.05),
+    ("w8a16", (1, 4096, 352), Few(8, 1, 11, 8, 1), 1.05),
+    ("w8a16:group_size=64", (9, 960, 70), None, 1.05),
+    ("w8a16:group_size=128", (3, 1408, 40), None, 1.05),
+    ("w8a16:group_size=tensor", (2, 256, 64), None, 1.05),
+    ("fp8", (5, 1088, 33), None, 1.05),
+    ("fp8", (16, 704, 64), Few(4, 1, 2, 2, 2), 1.05),
 ]
 
 
@@ -70,6 +76,20 @@ def test_any_shape(m: int, k: int, n: int, scheme: str, dtype: str) -> None:
     # Of few elements the rounding may be nothing at all; a table's values are rounded, too, each by up to half an ulp.
     values = float(jnp.finfo(dtype).eps) / 2 if scheme == "nf4" else 0.0
     assert np.linalg.norm(y - exact) <= 2.5 * _rounding(exact, dtype) + (1e-4 + values) * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("weight", ["int8", "e4m3"])
+def test_every_byte_becomes_its_value(weight: str, dtype: str) -> None:
+    codes = np.arange(256, dtype=np.uint8).view(np.int8 if weight == "int8" else jnp.dtype("float8_e4m3fn"))
+    codes = np.where(np.isfinite(codes.astype(np.float32)), codes, np.zeros((), codes.dtype))
+    x = np.eye(16, 256, dtype=np.float32).astype(dtype)
+    for first in range(0, 256, 16):
+        packed = np.roll(codes, -first)[None].repeat(16, 0)
+        y = matmul_few.matmul(
+            jnp.asarray(x), jnp.asarray(packed), jnp.ones((16, 1)), weight=weight, group=256, interpret=True
+        )
+        np.testing.assert_array_equal(np.asarray(y, np.float32)[:, 0], packed[0, :16].astype(np.float32))
 
 
 def test_what_follows_the_product_is_done_in_float32() -> None:
