@@ -62,8 +62,8 @@ def save(
       path: the folder to make.
       source: the folder that the model was loaded from: its config.json is the new one's, but for the quantization, and
         its tokenizer, generation settings and licence are copied.
-      format: "qjax" holds every QTensor (`qjax.checkpoints.native`); "gptq" (version 1), "gptq_v2" and
-        "compressed-tensors" (pack-quantized) hold integer weights in groups of K, for other tools.
+      format: "qjax" holds every QTensor (`qjax.checkpoints.native`); the others are for other tools: "gptq" (version
+        1) and "gptq_v2" hold integer weights in groups of K, "compressed-tensors" also e4m3 weights, and x in 8 bits.
       overwrite: replace `path` if it is a checkpoint folder.
 
     Raises:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from safetensors import safe_open
+from safetensors import deserialize
 
 import qjax
 import qjax.nnx
@@ -20,9 +21,23 @@ PYLM = Path(__file__).parents[3] / "examples" / "pylm-4m"
 SCHEMES = ["w4a16", "w4a16:group_size=32,symmetric=false", "w8a16:group_size=64", "w3a16"]
 
 
+NAMES = {
+    "I8": np.int8,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+}
+
+
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
-    with safe_open(folder / "model.safetensors", "numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys() if "embed" not in name and "norm" not in name}  # noqa: SIM118
+    found = {}
+    for name, t in deserialize((folder / "model.safetensors").read_bytes()):
+        if "embed" not in name and "norm" not in name:
+            found[name] = np.frombuffer(t["data"], NAMES[t["dtype"]]).reshape(t["shape"])
+    return found
 
 
 def fields(words: np.ndarray, bits: int) -> np.ndarray:
@@ -52,6 +67,20 @@ def compressed(folder: Path, module: str, bits: int) -> np.ndarray:
     return ((q - zero[:, group]) * scale[:, group]).T
 
 
+def unpacked(folder: Path, module: str) -> np.ndarray:
+    """`[K, N]`: `(q - z) s` of int- and float-quantized, codes as numbers, with a scale a tensor, row or block."""
+    t = {name.removeprefix(f"{module}."): a for name, a in tensors_of(folder).items() if name.startswith(f"{module}.")}
+    q = t["weight"].astype(np.float64)
+    scale, zero = (
+        np.zeros(1) if a is None else a.astype(np.float64) for a in (t["weight_scale"], t.get("weight_zero_point"))
+    )
+    if scale.size > 1:
+        block = [-(-size // count) for size, count in zip(q.shape, scale.shape, strict=True)]
+        scale = np.kron(scale, np.ones(block))
+        zero = np.kron(zero, np.ones(block)) if zero.size > 1 else zero
+    return ((q - zero) * scale).T
+
+
 DECODERS = {"gptq": gptq, "gptq_v2": partial(gptq, less=0), "compressed-tensors": compressed}
 
 
@@ -76,6 +105,27 @@ def test_groups_in_the_order_of_activations_are_told_by_g_idx(to: str, tmp_path:
     model = qjax.calibrate(qjax.load(PYLM), ids, "gptq", {"layers/0/self_attn/.*": "w4a16:group_size=64"})
     assert model.layers[0].self_attn.q_proj.kernel.get_value().input_perm is not None
     check(model, tmp_path / "out", to)
+
+
+NUMBERS = [
+    "w8a8_int8",
+    "w8a8_int8:group_size=64,symmetric=false",
+    "w8a8_int8:group_size=tensor,symmetric=false",
+    "w4a8_int8",
+    "w8a8_fp8",
+    "fp8:granularity=tensor",
+    "w8a8_fp8:granularity=block,activation=block",
+]
+
+
+@pytest.mark.parametrize("scheme", NUMBERS)
+def test_codes_that_are_numbers_give_the_weights(scheme: str, tmp_path: Path) -> None:
+    model = qjax.nnx.quantize(qjax.load(PYLM), {"layers/0/mlp/.*": scheme})
+    qjax.save(model, tmp_path / "out", source=PYLM, format="compressed-tensors")
+    for name in ("gate_proj", "down_proj"):
+        w = getattr(model.layers[0].mlp, name).kernel.get_value()
+        got = unpacked(tmp_path / "out", f"model.layers.0.mlp.{name}")
+        np.testing.assert_array_equal(got.astype(np.float32), w.dequantize(jnp.float32), name)
 
 
 WHY = "to read the folder by the tool that it is for takes torch, transformers and compressed-tensors"
@@ -115,6 +165,30 @@ def test_transformers_runs_a_compressed_tensors_folder(scheme: str, tmp_path: Pa
         wanted = theirs(torch.tensor(ids)).logits.numpy()
     ours = np.asarray(qjax.load(folder, dtype="float32")(jnp.asarray(ids)), np.float32)
     np.testing.assert_allclose(ours, wanted, atol=1e-3 * float(np.abs(wanted).max()))
+
+
+# The tool divides by 127.5 where x has a scale of its own; codes of x that differ by one make up the rest.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scheme",
+    ["w8a8_int8", "w8a8_int8:mode=static", "w8a8_fp8", "w8a8_fp8:granularity=tensor,mode=static", "fp8", *NUMBERS[-1:]],
+)
+def test_transformers_runs_a_folder_that_quantizes_x(scheme: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason=WHY)
+    pytest.importorskip("compressed_tensors", reason=WHY)
+    transformers = pytest.importorskip("transformers", reason=WHY)
+    folder, ids = tmp_path / "out", np.arange(24).reshape(2, 12) * 7
+    model = qjax.calibrate(qjax.load(PYLM), [ids], "nearest", scheme)
+    qjax.save(model, folder, source=PYLM, format="compressed-tensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(ids)).logits.numpy()
+    layer = theirs.model.layers[0].mlp.up_proj
+    assert (layer.quantization_scheme.input_activations is None) == (scheme == "fp8")
+    w = model.layers[0].mlp.up_proj.kernel.get_value()
+    np.testing.assert_array_equal(layer.weight.detach().numpy().T, w.dequantize(jnp.float32))
+    ours = np.asarray(qjax.load(folder, dtype="float32")(jnp.asarray(ids)), np.float32)
+    np.testing.assert_allclose(ours, wanted, atol=0.06 * float(np.abs(wanted).max()))
 
 
 # GPTQModel 7.7 refuses folders of version 1 with zero points that it has not written itself.

@@ -149,3 +149,19 @@ def test_four_devices_compute_what_one_does(name: str, real_folder: Callable[[st
     ids = jnp.arange(64).reshape(2, 32) * 13
     found, expected = (np.asarray(_logits(model, ids)) for model in (four, one))
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "name", ["ct-w8a8-int8", "ct-fp8-static-tensor", "ct-fp8-dynamic-channel", "ct-fp8-block", "fp8-finegrained"]
+)
+def test_folders_with_x_in_8_bits_are_written_and_read_again(
+    name: str, real_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    read = qjax.load(real_folder(name))
+    qjax.save(read, tmp_path / "out", source=real_folder(name), format="compressed-tensors")
+    again = qjax.load(tmp_path / "out")
+    first, second = ([layer.kernel for layer in layers(model)] for model in (read, again))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    ids = jnp.arange(24).reshape(2, 12) * 7
+    np.testing.assert_array_equal(read(ids), again(ids))
