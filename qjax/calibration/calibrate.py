@@ -12,7 +12,8 @@ import numpy as np
 from absl import logging
 
 from qjax.calibration.act_scale import ActScale, as_act_scale, static_scale
-from qjax.calibration.fold import Norms
+from qjax.calibration.fold import Norm, Norms
+from qjax.calibration.fold_linear import Linears, Source, divided, undividable
 from qjax.calibration.journal import Done, Journal, task_of
 from qjax.calibration.layer import Layer, factors_of, layer_of, quantize_layer
 from qjax.calibration.model import check_batches, subject_of
@@ -116,7 +117,7 @@ class _Calibration:
       leaves: the params, quantized kernels dequantized.
       layouts: of the kernels.
       found: the layers' QTensors.
-      norms: leaves that took up factors, as they will be.
+      norms: leaves that took up factors, as they will be; biases of layers too.
     """
 
     subject: Subject
@@ -162,7 +163,7 @@ class _Calibration:
             for index in np.ndindex(*self.layouts[leaf].stack):
                 layer = self._layer((leaf, index))
                 self._put((leaf, index), quantize_array(layer.weight, layer.scheme, where=layer.where))
-        norms = Norms.of(program)
+        norms, linears = Norms.of(program), Linears.of(program, self.layouts)
         floats = self.subject.leaves if self.recipe.outputs == "float" else None
         stages = walk(
             program,
@@ -174,15 +175,20 @@ class _Calibration:
             device_bytes=device_bytes,
             progress=progress,
         )
+        taken = False
         for number, (stage, statistics) in enumerate(stages):
-            made = None if statistics is None else self._quantize(stage, statistics, norms)
+            made = None if statistics is None else self._quantize(stage, statistics, norms, linears)
             done = self._kept(number, self._units(stage), made)
+            taken = taken or bool(done.norms or done.rows)
             self.norms |= done.norms
+            # The model goes on with these as they were: what they have put out before is in the frontiers.
+            self.found |= {unit: divided(self.found[unit], rows) for unit, rows in done.rows.items()}
             for unit, (w, factors) in done.weights.items():
                 self._put(unit, w, factors)
         scaling = self.recipe.scaling
-        if scaling is not None and scaling.unfolded == "skip" and not self.norms:
-            logging.warning("%s did nothing: no layer has a norm before it that could take factors up", self.recipe)
+        if scaling is not None and scaling.unfolded == "skip" and not taken:
+            what = "no layer has a norm or a linear before it that could take factors up"
+            logging.warning("%s did nothing: %s", self.recipe, what)
 
     def _known(self) -> int:
         """How many stages the journal has."""
@@ -210,7 +216,7 @@ class _Calibration:
         return layer_of(target, self.layouts[leaf], kernel, index, partial_groups=self.partial_groups)
 
     def _put(self, unit: Unit, w: QTensor, factors: jax.Array | None = None) -> None:
-        """Keeps a layer's QTensor, and has the model go on with it; a norm will have divided x by `factors`."""
+        """Keeps a layer's QTensor, and has the model go on with it; x will have been divided by `factors`."""
         self.found[unit] = w
         leaf, index = unit
         if factors is not None:
@@ -219,10 +225,12 @@ class _Calibration:
         kernel = jax.device_put(_dequantized(self.layouts[leaf].like_kernel(w), old.dtype), old.sharding)
         self.leaves[leaf] = old.at[index].set(kernel) if index else kernel
 
-    def _quantize(self, stage: Stage, statistics: Statistics, norms: Norms) -> Done:
+    def _quantize(self, stage: Stage, statistics: Statistics, norms: Norms, linears: Linears) -> Done:
         """The kernels of a stage, one stacked layer after another."""
         found: dict[Unit, tuple[QTensor, jax.Array | None]] = {}
         changed: dict[int, jax.Array] = {}
+        rows: dict[Unit, jax.Array] = {}
+        place = self._place(stage, norms, linears)
         count = len(stage.units)
         units = self._units(stage)
         for at in range(0, len(units), count):
@@ -230,28 +238,47 @@ class _Calibration:
             layers = [self._layer(unit) for unit in together]
             one = statistics.at(together[0][1][len(stage.units[0][1]) :])
             one.check(layers[0].where)
-            found |= zip(together, self._scaled(stage, layers, one, norms, changed), strict=True)
-        return Done(found, changed)
+            found |= zip(together, self._scaled(place, layers, one, changed, rows), strict=True)
+        return Done(found, changed, rows)
+
+    def _place(self, stage: Stage, norms: Norms, linears: Linears) -> Norm | Source | None:
+        """What can take up factors of the input of a stage."""
+        if self.recipe.scaling is None or len(stage.inputs) != 1:
+            return None
+        (seen,), taps = stage.inputs, len(stage.units)
+        norm = norms.weight_before(seen, taps, self.leaves)
+        # SmoothQuant of its own accord is its paper's: behind norms, where outliers are.
+        norms_alone = self.recipe.scaling.search == "smoothquant" and self.recipe.scaling.unfolded == "skip"
+        source = None if norms_alone or norm is not None else linears.before(seen, taps)
+        if source is None:
+            return norm
+        earlier = self.found.get(source.unit)  # not yet there where it is used once more, later
+        return None if earlier is None or undividable(earlier) is not None else source
 
     def _scaled(
-        self, stage: Stage, layers: list[Layer], statistics: Statistics, norms: Norms, changed: dict[int, jax.Array]
+        self,
+        place: Norm | Source | None,
+        layers: list[Layer],
+        statistics: Statistics,
+        changed: dict[int, jax.Array],
+        rows: dict[Unit, jax.Array],
     ) -> list[tuple[QTensor, jax.Array | None]]:
-        """The QTensors of layers that share an input, each with the factors that a norm took up (to `changed`)."""
+        """The QTensors of layers that share an input, each with the factors that were taken up (`changed`, `rows`)."""
         scaling = self.recipe.scaling
-        norm = None
-        if scaling is not None and len(stage.inputs) == 1:
-            norm = norms.weight_before(stage.inputs[0], len(stage.units), self.leaves)
-        if scaling is None or (norm is None and scaling.unfolded == "skip"):
+        if scaling is None or (place is None and scaling.unfolded == "skip"):
             return [(self._quantized(layer, statistics), None) for layer in layers]
-        factors = factors_of(layers, statistics, self.recipe)
-        if norm is not None:
-            # The model goes on with the norm as it was: what it has put out before is in the frontiers.
-            divided, factors = norm.divide(dict(enumerate(self.leaves)) | self.norms, factors)
-            changed |= divided
+        factors = factors_of(layers, statistics, self.recipe, place.outputs if isinstance(place, Source) else None)
+        leaves = dict(enumerate(self.leaves)) | self.norms
+        if isinstance(place, Norm):
+            made, factors = place.divide(leaves, factors)
+            changed |= made
+        elif place is not None:
+            rows[place.unit] = place.rows(factors, self.found[place.unit].out_features)
+            changed |= place.divide(leaves, rows[place.unit])
         scaled = [dataclasses.replace(a, weight=a.weight * factors[:, None]) for a in layers]
         found = [self._quantized(layer, statistics.divided(factors)) for layer in scaled]
         found = [dataclasses.replace(w, dtype=a.weight.dtype) for w, a in zip(found, layers, strict=True)]
-        if norm is not None:
+        if place is not None:
             return [(w, factors) for w in found]
         return [(dataclasses.replace(w, input_scale=1 / factors), None) for w in found]
 

@@ -47,7 +47,7 @@ class Norms:
     Attributes:
       program: the model.
       made: the step that makes a slot.
-      read: the steps that read it.
+      read: the steps that read it; the model's return is one.
     """
 
     program: Program
@@ -57,12 +57,7 @@ class Norms:
     @classmethod
     def of(cls, program: Program) -> "Norms":
         """Those of a program."""
-        read: dict[Slot, list[Step]] = {}
-        for step in program.steps:
-            for slot in step.inputs:
-                if not isinstance(slot, Constant):
-                    read.setdefault(slot, []).append(step)
-        return cls(program, {slot: step for step in program.steps for slot in step.outputs}, read)
+        return cls(program, program.makers(), program.readers())
 
     def weight_before(self, seen: Input, taps: int, leaves: Sequence[jax.Array]) -> Norm | None:
         """The param that x is multiplied by, channel by channel, on its way to layers that are to be scaled.

@@ -28,11 +28,13 @@ class Done:
 
     Attributes:
       weights: of each unit the QTensor, and the factors float32 `[K]` that a norm divides its x by, or None.
-      norms: leaves that took up such factors, as they are after this stage.
+      norms: leaves that took up such factors, as they are after this stage; biases of layers too.
+      rows: of earlier layers that took them up, what each output is divided by, float32 `[N]`.
     """
 
     weights: Mapping[Unit, tuple[QTensor, jax.Array | None]]
     norms: Mapping[int, jax.Array] = dataclasses.field(default_factory=dict)
+    rows: Mapping[Unit, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 def task_of(subject: Subject, batches: Iterable[Any], **options: Any) -> dict[str, Any]:
@@ -106,7 +108,9 @@ class Journal:
             kept = jnp.asarray(files[factors]) if factors in files else None
             weights[unit] = (jax.tree.map(jnp.asarray, w), kept)
         norms = {int(leaf): jnp.asarray(files[f"norm.{leaf}"]) for leaf in files.config.get("norms", [])}
-        return Done(weights, norms)
+        earlier = ((leaf, tuple(index)) for leaf, *index in files.config.get("rows", []))
+        rows = {unit: jnp.asarray(files[f"{_name(unit)}.rows"]) for unit in earlier}
+        return Done(weights, norms, rows)
 
     def write(self, number: int, done: Done) -> None:
         """Keeps a stage.
@@ -115,12 +119,14 @@ class Journal:
           CheckpointError: it is there already, or cannot be written.
         """
         arrays: dict[str, Any] = {f"norm.{leaf}": norm for leaf, norm in done.norms.items()}
+        arrays |= {f"{_name(unit)}.rows": factors for unit, factors in done.rows.items()}
         for unit, (w, factors) in done.weights.items():
             arrays |= to_arrays(w, _name(unit))
             if factors is not None:
                 arrays[f"{_name(unit)}.factors"] = factors
         records = {_name(unit): to_record(w) for unit, (w, _) in done.weights.items()}
-        config = {"task": dict(self.task), "weights": records, "norms": list(done.norms)}
+        rows = [[leaf, *index] for leaf, index in done.rows]
+        config = {"task": dict(self.task), "weights": records, "norms": list(done.norms), "rows": rows}
         write_folder(self._place(number), tensors=arrays, config=config)
 
     def _place(self, number: int) -> Path:

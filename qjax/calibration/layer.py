@@ -12,7 +12,7 @@ from qjax.calibration.grid import Grid
 from qjax.calibration.hqq import hqq
 from qjax.calibration.moments import Statistics
 from qjax.calibration.recipe import Recipe
-from qjax.calibration.scaling import awq, nearest, smoothquant
+from qjax.calibration.scaling import awq, nearest, pooled, shared, smoothquant
 from qjax.calibration.subject import Target
 from qjax.calibration.sweep import descend, factor, gptq
 from qjax.errors import CalibrationError
@@ -286,15 +286,27 @@ def quantize_layer(layer: Layer, statistics: Statistics | None, recipe: Recipe) 
     return _assemble(codes, scale, zero, order, layer.scheme, grid, np.dtype(layer.weight.dtype), layer.k_pieces)
 
 
-def factors_of(layers: list[Layer], statistics: Statistics, recipe: Recipe) -> jax.Array:
+def factors_of(
+    layers: list[Layer], statistics: Statistics, recipe: Recipe, groups: np.ndarray | None = None
+) -> jax.Array:
     """What the columns of layers that share an input are multiplied by: float32 `[K]`.
+
+    Args:
+      layers: these.
+      statistics: of their input.
+      recipe: how.
+      groups: int `[K]`; columns of one number get one factor. None where each may have its own.
 
     Raises:
       CalibrationError: a scheme that the recipe cannot make.
     """
     assert recipe.scaling is not None, recipe
     weights = [layer.rows() for layer in layers]
+    if groups is not None and len(np.unique(groups)) == len(groups):
+        groups = None
     if recipe.scaling.search == "smoothquant":
-        return smoothquant(weights, statistics, recipe.scaling.strength)
+        factors = smoothquant(weights, statistics, recipe.scaling.strength)
+        return factors if groups is None else shared(factors, groups)
     grids = tuple(grid_of(layer, recipe) for layer in layers)
+    statistics = statistics if groups is None else pooled(statistics, groups)
     return awq(weights, statistics, grids, tuple(layer.size for layer in layers))

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from qjax.calibration.tap import tap_p
@@ -28,6 +29,7 @@ CALLS = {
 }
 
 TAP = "tap"
+RETURN = "return"
 
 type Slot = int
 
@@ -79,6 +81,8 @@ class Program:
       kernels: leaves whose taps are wanted.
       steps, taps: in order.
       origin: slots that are params or slices of them -> leaf and index.
+      shapes: of slots.
+      returned: slots that the model gives back.
     """
 
     params: tuple[Slot, ...] = ()
@@ -87,21 +91,41 @@ class Program:
     steps: list[Step] = dataclasses.field(default_factory=list)
     taps: list[Tap] = dataclasses.field(default_factory=list)
     origin: dict[Slot, tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    shapes: dict[Slot, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    returned: tuple[Slot, ...] = ()
     _slots: int = 0
 
-    def _new(self, count: int) -> tuple[Slot, ...]:
-        self._slots += count
-        return tuple(range(self._slots - count, self._slots))
+    def makers(self) -> dict[Slot, Step]:
+        """The step that makes a slot."""
+        return {slot: step for step in self.steps for slot in step.outputs}
+
+    def readers(self) -> dict[Slot, list[Step]]:
+        """The steps that read a slot, and one named `RETURN` for what the model gives back."""
+        found: dict[Slot, list[Step]] = {}
+        for step in (*self.steps, Step(RETURN, {}, lambda *_: [], self.returned, ())):
+            for slot in step.inputs:
+                if not isinstance(slot, Constant):
+                    found.setdefault(slot, []).append(step)
+        return found
+
+    def _new(self, shapes: Sequence[tuple[int, ...]]) -> tuple[Slot, ...]:
+        slots = tuple(range(self._slots, self._slots + len(shapes)))
+        self._slots += len(shapes)
+        self.shapes |= zip(slots, shapes, strict=True)
+        return slots
+
+    def _shape(self, x: Slot | Constant) -> tuple[int, ...]:
+        return tuple(np.shape(x.value)) if isinstance(x, Constant) else self.shapes[x]
 
     def _add(
         self,
         name: str,
         run: Callable[..., Sequence[Any]],
         inputs: Sequence[Any],
-        count: int = 1,
+        shapes: Sequence[tuple[int, ...]],
         params: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[Slot, ...]:
-        outputs = self._new(count)
+        outputs = self._new(shapes)
         self.steps.append(Step(name, params, run, tuple(inputs), outputs))
         return outputs
 
@@ -124,9 +148,9 @@ class Program:
             if leaf not in self.kernels or isinstance(x, Constant):
                 return [x]
             self.taps.append(Tap(*self.origin[kernel], Input(x, _shape(eqn.invars[0]), **eqn.params)))
-            return self._add(TAP, lambda x: [x], [x])
+            return self._add(TAP, lambda x: [x], [x], [_shape(eqn.invars[0])])
         if not _holds_taps(eqn):
-            return self._add(eqn.primitive.name, _runner(eqn), inputs, len(eqn.outvars), eqn.params)
+            return self._add(eqn.primitive.name, _runner(eqn), inputs, [_shape(a) for a in eqn.outvars], eqn.params)
         if eqn.primitive.name == "scan":
             return self._unroll(eqn, inputs)
         if eqn.primitive.name not in CALLS:
@@ -144,11 +168,14 @@ class Program:
             slices = [self._slice(x, i) for x in xs]
             out = self._inline(body, [*consts, *carry, *slices])
             carry, made[i] = out[: len(carry)], out[len(carry) :]
-        stacked = [self._add("stack", lambda *parts: [jnp.stack(parts)], parts)[0] for parts in zip(*made, strict=True)]
+        stacked = [
+            self._add("stack", lambda *parts: [jnp.stack(parts)], parts, [(length, *self._shape(parts[0]))])[0]
+            for parts in zip(*made, strict=True)
+        ]
         return [*carry, *stacked]
 
     def _slice(self, x: Any, i: int) -> Any:
-        (out,) = self._add("slice", lambda a: [a[i]], [x])
+        (out,) = self._add("slice", lambda a: [a[i]], [x], [self._shape(x)[1:]])
         if x in self.origin:
             leaf, index = self.origin[x]
             self.origin[out] = (leaf, (*index, i))
@@ -192,8 +219,9 @@ def trace(call: Callable[[list[Any], Any], Any], params: list[Any], batch: Any, 
     """
     jaxpr = jax.make_jaxpr(call)(params, batch)
     program = Program(kernels=kernels)
-    program.params = program._new(len(params))
-    program.arguments = program._new(len(jax.tree.leaves(batch)))
+    program.params = program._new([np.shape(a) for a in params])
+    program.arguments = program._new([np.shape(a) for a in jax.tree.leaves(batch)])
     program.origin = {slot: (leaf, ()) for leaf, slot in enumerate(program.params)}
-    program._inline(jaxpr, [*program.params, *program.arguments])
+    returned = program._inline(jaxpr, [*program.params, *program.arguments])
+    program.returned = tuple(slot for slot in returned if not isinstance(slot, Constant))
     return program

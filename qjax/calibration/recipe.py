@@ -25,8 +25,8 @@ class Scaling:
     Attributes:
       search: "awq" or "smoothquant".
       strength: SmoothQuant's exponent.
-      unfolded: where no norm before the layer can take the factors up: "keep" them as the QTensor's `input_scale`, or
-        "skip" the layer.
+      unfolded: where no norm or linear before the layer can take the factors up: "keep" them as the QTensor's
+        `input_scale`, or "skip" the layer.
     """
 
     search: Literal["awq", "smoothquant"]
@@ -135,12 +135,13 @@ def AWQ(
 
     `s = m^a / sqrt(max(m^a) min(m^a))` with `m_j = mean |x_j|`, a of 0, 0.05, ..., 0.95 chosen for the least
     `tr((W - W') H (W - W')')` of all layers that share the input, `W' = Q(W s) / s`. The norm before the layer takes
-    `1 / s` up where it feeds nothing else. Source: Lin et al., AWQ (2024).
+    `1 / s` up where it feeds nothing else, else the scales of a linear before it (up before down, v before o; m is the
+    mean over queries that share a value). Source: Lin et al., AWQ (2024).
 
     Args:
       clip: choose each group's range by a search, its errors weighted by `H_jj`.
       rounding: "gptq" rounds the scaled weight as `GPTQ(order="static")` does.
-      unfolded: where there is no such norm, "keep" the factors as `input_scale`, or "skip" them.
+      unfolded: where there is no such norm or linear, "keep" the factors as `input_scale`, or "skip" them.
     """
     _one_of("awq", "clip", clip, (True, False))
     _one_of("awq", "rounding", rounding, ("nearest", "gptq"))
@@ -154,7 +155,8 @@ def SmoothQuant(strength: float = 0.5, unfolded: Literal["keep", "skip"] = "skip
     """SmoothQuant, for schemes that quantize x: outliers of x are moved into the weight.
 
     `s_j = max |x_j|^a / max |w_j|^(1 - a)` over the layers that share the input; x is divided by s, W multiplied, and
-    rounded to nearest. The norm before the layer takes `1 / s` up. Source: Xiao et al., SmoothQuant (2023).
+    rounded to nearest. The norm before the layer takes `1 / s` up, or the scales of a linear before it, the geometric
+    mean where queries share a value. Source: Xiao et al., SmoothQuant (2023).
 
     Args:
       strength: a.

@@ -1,10 +1,12 @@
 """Factors by which columns of weights are multiplied before rounding, and x divided."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.calibration.grid import Grid
 from qjax.calibration.moments import Statistics
@@ -70,6 +72,26 @@ def awq(
 
     powers = jnp.arange(EXPONENTS) / EXPONENTS
     return of_power(powers[jnp.argmin(jax.lax.map(loss, powers))])
+
+
+def pooled(statistics: Statistics, groups: np.ndarray) -> Statistics:
+    """Statistics with the mean magnitude of a group for each of its columns: `awq` gives them one factor then.
+
+    Args:
+      statistics: of an input.
+      groups: int `[K]`, a number for each column.
+    """
+    return dataclasses.replace(statistics, magnitude=_means(statistics.magnitude, groups))
+
+
+def shared(factors: jax.Array, groups: np.ndarray) -> jax.Array:
+    """The geometric mean of a group's factors, for each of its columns `[K]`."""
+    return jnp.exp(_means(jnp.log(factors), groups))
+
+
+def _means(values: jax.Array, groups: np.ndarray) -> jax.Array:
+    counts = np.maximum(np.bincount(groups), 1)
+    return (jax.ops.segment_sum(values, groups, len(counts)) / counts)[groups]
 
 
 @functools.partial(jax.jit, static_argnames="strength")

@@ -36,7 +36,7 @@ class Subject:
       leaves: all of its params, arrays.
       call: `(leaves, batch) -> anything`; the layers of the model tap what enters them.
       targets: leaf -> what is to become of it.
-      install: the kernels and the changed norms by their leaves -> the quantized model, as the caller gets it.
+      install: the kernels, changed norms and biases by their leaves -> the quantized model, as the caller gets it.
     """
 
     leaves: list[jax.Array]

@@ -138,20 +138,17 @@ class Gated(nnx.Module):
 
 
 @pytest.mark.parametrize("recipe", [AWQ(), SmoothQuant(unfolded="keep")], ids=str)
-def test_factors_go_into_the_norm_before_or_stay_with_the_layer(recipe):
+def test_factors_go_into_the_norm_before_or_into_the_layer_before(recipe):
     model, x = Gated(), jax.random.normal(jax.random.key(0), (40, 32))
-    before, weight = model(x), model.norm.scale.get_value()
+    weight, bias = model.norm.scale.get_value(), jnp.linspace(-1, 1, 32)
+    model.up.bias.set_value(bias)
+    before = model(x)
     assert qjax.calibrate(model, [x], recipe, "w8a16:group_size=16,symmetric=false") is model
     assert model.gate.kernel.get_value().input_scale is None and model.up.kernel.get_value().input_scale is None
-    assert model.down.kernel.get_value().input_scale is not None
-    assert not np.allclose(model.norm.scale.get_value(), weight)
-    np.testing.assert_allclose(model(x), before, atol=0.02 * float(jnp.max(jnp.abs(before))))
-
-
-def test_layers_without_a_norm_before_them_can_be_skipped():
-    model, x = Gated(), jax.random.normal(jax.random.key(0), (40, 32))
-    qjax.calibrate(model, [x], SmoothQuant(), "w8a8_int8")
     assert model.down.kernel.get_value().input_scale is None
+    assert not np.allclose(model.norm.scale.get_value(), weight)
+    assert not np.allclose(model.up.bias.get_value(), bias)
+    np.testing.assert_allclose(model(x), before, atol=0.02 * float(jnp.max(jnp.abs(before))))
 
 
 def test_a_norm_that_feeds_something_else_too_is_left_alone():

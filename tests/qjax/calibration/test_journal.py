@@ -128,6 +128,14 @@ def test_a_finished_journal_needs_no_layer_to_be_quantized(model, after, tmp_pat
     same(qjax.calibrate(linen, batches, "gptq", SCHEME, params=params, resume=tmp_path), first)
 
 
+def test_factors_that_an_earlier_layer_took_up_are_in_the_journal(model, after, tmp_path):
+    linen, params, batches = model
+    first = qjax.calibrate(linen, batches, "awq", SCHEME, params=params, resume=tmp_path)
+    assert first["blocks"]["down"]["kernel"].input_scale is None
+    after(0)
+    same(qjax.calibrate(linen, batches, "awq", SCHEME, params=params, resume=tmp_path), first)
+
+
 @pytest.mark.slow
 def test_an_nnx_model_is_left_alone_by_what_was_interrupted(after, monkeypatch, tmp_path):
     ids = [jax.random.randint(jax.random.key(i), (2, 16), 0, 32) for i in range(2)]

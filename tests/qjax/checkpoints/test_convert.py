@@ -277,7 +277,8 @@ def test_what_a_format_has_no_place_for_is_refused(scheme: str, to: str, message
 @pytest.mark.parametrize("unfolded", ["keep", "skip"])
 def test_factors_of_x_that_stay_with_a_layer_are_refused_with_the_way_to_have_none(unfolded, tmp_path: Path) -> None:
     batch = np.arange(128, dtype=np.int32).reshape(2, 64)
-    model = qjax.calibrate(qjax.load(PYLM), [batch], f"awq:clip=false,unfolded={unfolded}", {".*0/mlp/.*": "w4a16"})
+    rules = {".*0/mlp/down_proj": "w4a16"}  # up, which could take them up, stays as it is
+    model = qjax.calibrate(qjax.load(PYLM), [batch], f"awq:clip=false,unfolded={unfolded}", rules)
     if unfolded == "keep":
         with pytest.raises(
             CheckpointError, match=r"0.mlp.down_proj: w4a16\S* has an input_scale .*unfolded=skip makes"
@@ -285,9 +286,15 @@ def test_factors_of_x_that_stay_with_a_layer_are_refused_with_the_way_to_have_no
             save(model, tmp_path / "out", source=PYLM, format="gptq")
     else:
         save(model, tmp_path / "out", source=PYLM, format="gptq")
-        assert read_weights(tmp_path / "out").keys() == {
-            f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")
-        }
+        assert read_weights(tmp_path / "out").keys() == {"model.layers.0.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("to", ["gptq", "compressed-tensors"])
+def test_a_llama_by_awq_has_its_factors_in_norms_and_linears_and_is_written(to: str, tmp_path: Path) -> None:
+    batch = np.arange(128, dtype=np.int32).reshape(2, 64)
+    model = qjax.calibrate(qjax.load(PYLM), [batch], "awq:clip=false", "w4a16:symmetric=false")
+    save(model, tmp_path / "out", source=PYLM, format=to)
+    np.testing.assert_allclose(qjax.load(tmp_path / "out")(batch)[0], model(batch)[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["gptq-4b-g128", "bnb-nf4"])
