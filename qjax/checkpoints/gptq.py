@@ -56,7 +56,9 @@ def reader(files: CheckpointFiles, settings: Settings) -> Source:
             )
         return _weight(tensors, own), tuple(tensors.names)
 
-    return Source(read, (CODE_TENSOR,))
+    version = settings.get("version")  # some tools' name for the kernels to use
+    notes = () if version is None else (f"version={version!r}: checkpoint_format says how zero points are stored",)
+    return Source(read, (CODE_TENSOR,), notes=notes)
 
 
 def _renamed(settings: Settings) -> Settings:

@@ -85,7 +85,7 @@ def test_hints_for_other_libraries_are_reported_and_change_nothing(tmp_path: Pat
     np.testing.assert_array_equal(logits(model), logits(plain))
     assert plain.notes == ()
     said = str(qjax.explain(model))
-    assert "backend='auto'" in said and "max_input_length=4096" in said
+    assert "backend='auto'" in said and "max_input_length=4096" in said and "version=3: checkpoint_format" in said
 
 
 def test_perplexity_is_with_and_without_what_a_folder_does_to_activations(
