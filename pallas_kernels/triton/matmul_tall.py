@@ -20,8 +20,7 @@ program waits for its product before it decodes again, so that two programs a mu
 product of a block is two of 64 columns, which as one would take ptxas 168 registers a thread instead of 128.
 
 Numerics: values are those of the weight dequantized to x's type (`weight_tile`), sums float32, one rounding of the
-result: about sqrt(3) times the error of rounding the exact result for integers with float16 scales, 2.2 times with
-zero points that are no integers.
+result: about sqrt(3) times the error of rounding the exact result for integers with float16 scales.
 """
 
 import dataclasses

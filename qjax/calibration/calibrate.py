@@ -243,13 +243,12 @@ class _Calibration:
 
     def _place(self, stage: Stage, norms: Norms, linears: Linears) -> Norm | Source | None:
         """What can take up factors of the input of a stage."""
-        if self.recipe.scaling is None or len(stage.inputs) != 1:
+        scaling = self.recipe.scaling
+        if scaling is None or len(stage.inputs) != 1:
             return None
         (seen,), taps = stage.inputs, len(stage.units)
         norm = norms.weight_before(seen, taps, self.leaves)
-        # SmoothQuant of its own accord is its paper's: behind norms, where outliers are.
-        norms_alone = self.recipe.scaling.search == "smoothquant" and self.recipe.scaling.unfolded == "skip"
-        source = None if norms_alone or norm is not None else linears.before(seen, taps)
+        source = linears.before(seen, taps) if scaling.linears and norm is None else None
         if source is None:
             return norm
         earlier = self.found.get(source.unit)  # not yet there where it is used once more, later

@@ -25,13 +25,15 @@ class Scaling:
     Attributes:
       search: "awq" or "smoothquant".
       strength: SmoothQuant's exponent.
-      unfolded: where no norm or linear before the layer can take the factors up: "keep" them as the QTensor's
-        `input_scale`, or "skip" the layer.
+      unfolded: where nothing before the layer can take the factors up: "keep" them as the QTensor's `input_scale`, or
+        "skip" the layer.
+      linears: whether linears can, besides norms.
     """
 
     search: Literal["awq", "smoothquant"]
     strength: float = 0.5
     unfolded: Literal["keep", "skip"] = "keep"
+    linears: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,17 +157,17 @@ def SmoothQuant(strength: float = 0.5, unfolded: Literal["keep", "skip"] = "skip
     """SmoothQuant, for schemes that quantize x: outliers of x are moved into the weight.
 
     `s_j = max |x_j|^a / max |w_j|^(1 - a)` over the layers that share the input; x is divided by s, W multiplied, and
-    rounded to nearest. The norm before the layer takes `1 / s` up, or the scales of a linear before it, the geometric
-    mean where queries share a value. Source: Xiao et al., SmoothQuant (2023).
+    rounded to nearest. The norm before the layer takes `1 / s` up. Source: Xiao et al., SmoothQuant (2023).
 
     Args:
       strength: a.
-      unfolded: as `AWQ`.
+      unfolded: "skip" layers behind no such norm, as the paper does; "keep" scales them too, into a linear before them
+        where that can take `1 / s` up (the geometric mean where queries share a value), else as `AWQ`.
     """
     _number("smoothquant", "strength", strength, 0, 1)
     _one_of("smoothquant", "unfolded", unfolded, ("keep", "skip"))
     spec = write_spec("smoothquant", RECIPES, dict(strength=strength, unfolded=unfolded))
-    return Recipe(spec, scaling=Scaling("smoothquant", strength, unfolded))
+    return Recipe(spec, scaling=Scaling("smoothquant", strength, unfolded, linears=unfolded == "keep"))
 
 
 def HQQ() -> Recipe:

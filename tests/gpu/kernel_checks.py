@@ -57,10 +57,6 @@ ROUNDS = {
     "cublaslt.dense": None,  # the weight
     "xla.dequantize_dot": None,  # the weight
 }  # None: for every format
-_FEW = 16  # columns of the result, of which each has one rounded weight for all of its elements
-# There, as of 300 such results with real zero points one in twenty has 3.0, the largest 3.8; and in float16, whose
-# rounding is eight times finer, beside sums of e4m3 in 14 bits.
-ROUNDED_MORE = 4.0
 _ALIGNMENT = 256  # of the allocator
 
 
@@ -79,10 +75,7 @@ class Case:
     def allowed(self) -> float:
         """How many times the error of rounding once."""
         formats = ROUNDS.get(self.route.name, ())
-        if formats is not None and self.product.weight.scheme.weight not in formats:
-            return FUSED
-        fine = self.product.weight.scheme.weight == "e4m3" and self.product.x_dtype == "float16"
-        return ROUNDED_MORE if fine or self.product.n < _FEW else ROUNDED
+        return ROUNDED if formats is None or self.product.weight.scheme.weight in formats else FUSED
 
     @property
     def depends_on_all_rows(self) -> bool:
