@@ -69,6 +69,17 @@ def pair(nibble: int, weight: str, dtype: str, less: str | None) -> str:
       weight: "int4" or a key of `TABLES`.
       less: a register with `-offset - zero point`, of integers (`MAGIC`); None for the middle code.
     """
+    if weight == "int4" and dtype == "float16":  # whose mantissa holds two nibbles: a shift for every other one
+        by, up = divmod(nibble, 2)
+        mask, exponent = 0x000F000F << 4 * up, MAGIC[dtype][0] * 0x00010001
+        code = f"shr.b32 s, $1, {8 * by}; lop3.b32 v, s, 0x{mask:08x}, 0x{exponent:08x}, 0xEA;"
+        less = less or constant(-MAGIC[dtype][1] - 8, dtype)
+        if not up:
+            return f"{{ .reg .b32 s, v, a; {code} mov.b32 a, {less}; add.rn.f16x2 $0, v, a; }}"
+        return (  # 1024 + 16 code, a sixteenth of which has 64 of the 1024 left
+            f"{{ .reg .b32 s, v, a, b, f; {code} mov.b32 b, {less}; mov.b32 a, {constant(960.0, dtype)}; "
+            f"add.rn.f16x2 a, a, b; mov.b32 f, {constant(1 / 16, dtype)}; fma.rn.f16x2 $0, v, f, a; }}"
+        )
     if weight == "int4":
         less = less or constant(-MAGIC[dtype][1] - 8, dtype)
         return (
@@ -94,6 +105,21 @@ def pair(nibble: int, weight: str, dtype: str, less: str | None) -> str:
             f"fma.rn.{PAIR[dtype]} $0, v, f, a; }}"
         )
     return look_up(nibble, TABLES[weight], dtype)
+
+
+def scaled_code(nibble: int) -> str:
+    """`(code - 8) * scale` of int4 in float16, `$2` being pairs of 2^24 times the scale.
+
+    A nibble at the low end of a half is the subnormal number code * 2^-24, one place higher it is 16 times that: a
+    mask, and one product and sum that is rounded once, for 8 scales are a scale with another exponent.
+    """
+    by, up = divmod(nibble, 2)
+    half = "float16"
+    return (
+        f"{{ .reg .b32 s, v, a, c, f; shr.b32 s, $1, {8 * by}; and.b32 v, s, 0x{0x000F000F << 4 * up:08x}; "
+        f"mov.b32 c, {constant(2.0 ** (-4 * up), half)}; mul.rn.f16x2 f, $2, c; "
+        f"mov.b32 c, {constant(-(2.0**-21), half)}; mul.rn.f16x2 a, $2, c; fma.rn.f16x2 $0, v, f, a; }}"
+    )
 
 
 def byte_pair(second: int, weight: str, dtype: str) -> str:

@@ -24,12 +24,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import vector
 
-from pallas_kernels.pairs import MAGIC, TABLES, pair, scaled
+from pallas_kernels.pairs import MAGIC, TABLES, pair, scaled, scaled_code
 
 BLOCK = 128
 ROWS = 64  # of a warpgroup: sixteen a warp
 WORDS_A_BLOCK = 16
 MIDDLE = 8
+RAISED = 24  # float16's least number is 2^-24
 
 VALUES = plgpu.Layout.WGMMA
 OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -52,17 +53,22 @@ def _asm(text: str, *registers: ir.Value) -> ir.Value:
     return mgpu.utils.inline_ptx(text, *registers, result_types=ir.IntegerType.get_signless(32))
 
 
-def _in_lanes(words: Any, zero: list[Any], factors: list[Any], weight: str, dtype: str, which: range) -> Any:
+def _in_lanes(
+    words: Any, zero: list[Any], factors: list[Any], weight: str, dtype: str, which: range, raised: bool
+) -> Any:
     """`values` on a lane's registers."""
     packed = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(np.dtype(dtype)))
     of_lane = [[vector.extract(row, [], [j]) for j in range(4)] for row in words.registers.flat]
     less, times = ([[vector.extract(row, [], [0]) for row in a.registers.flat] for a in of] for of in (zero, factors))
     registers = []
     for t, half, j in sources(which):
-        given = [less[0][half]] if less else []
-        value = _asm(pair(t % 4, weight, dtype, "$2" if less else None), of_lane[half][j], *given)
-        if times:
-            value = _asm(scaled("$2", dtype), value, times[(t - which.start) * len(times) // len(which)][half])
+        given, factor = ([a[(t - which.start) * len(a) // len(which)][half]] if a else [] for a in (less, times))
+        if raised:
+            value = _asm(scaled_code(t % 4), of_lane[half][j], *factor)
+        else:
+            value = _asm(pair(t % 4, weight, dtype, "$2" if less else None), of_lane[half][j], *given)
+        if times and not raised:
+            value = _asm(scaled("$2", dtype), value, *factor)
         registers.append(mgpu.utils.bitcast(value, packed))
     shape = mgpu.WGMMA_LAYOUT.registers_shape((ROWS, 8 * len(which)))
     return mgpu.FragmentedArray(
@@ -76,7 +82,13 @@ def _of_pair(pair: jax.Array, dtype: str) -> jax.Array:
 
 
 def _in_plain(
-    words: jax.Array, zero: list[jax.Array], factors: list[jax.Array], weight: str, dtype: str, which: range
+    words: jax.Array,
+    zero: list[jax.Array],
+    factors: list[jax.Array],
+    weight: str,
+    dtype: str,
+    which: range,
+    raised: bool,
 ) -> jax.Array:
     """`values` in plain operations."""
     # [row, c, j, l, t % 4] -> k = 32j + 8(t % 4) + 2c + l
@@ -84,18 +96,23 @@ def _in_plain(
     codes = (words.reshape(ROWS, 4, 4, 1, 1) >> shifts.astype(jnp.uint32)) & 15
     codes = codes.transpose(0, 2, 4, 1, 3).reshape(ROWS, BLOCK).astype(jnp.int32)
     codes = codes[:, 8 * which.start : 8 * which.stop]
+
+    def of_columns(pairs: list[jax.Array]) -> jax.Array:
+        return jnp.repeat(
+            jnp.concatenate([_of_pair(p, dtype) for p in pairs], axis=1), codes.shape[1] // len(pairs), axis=1
+        )
+
+    if raised:
+        return ((codes - MIDDLE) * of_columns(factors).astype(jnp.float32) * 2.0**-RAISED).astype(dtype)
     if weight in TABLES:
         found = jnp.zeros(codes.shape, dtype)
         for i, entry in enumerate(TABLES[weight]):
             found = jnp.where(codes == i, jnp.asarray(entry, dtype), found)
     else:
         offset = MAGIC[dtype][1]
-        less = [_of_pair(z, dtype) for z in zero] or [jnp.asarray(-offset - MIDDLE, dtype)]
-        found = (codes + offset).astype(dtype) + less[0]
-    if factors:
-        wide = jnp.concatenate([_of_pair(f, dtype) for f in factors], axis=1)
-        found = found * jnp.repeat(wide, codes.shape[1] // len(factors), axis=1)
-    return found
+        found = (codes + offset).astype(dtype)
+        found = found + (of_columns(zero) if zero else jnp.asarray(-offset - MIDDLE, dtype))
+    return found * of_columns(factors) if factors else found
 
 
 def values(
@@ -105,9 +122,10 @@ def values(
     dtype: str,
     piece: int,
     pieces: int,
-    zero: jax.Array | None,
+    zero: list[jax.Array],
     factors: list[jax.Array],
     interpret: bool,
+    raised: bool = False,
 ) -> jax.Array:
     """The values of a piece of a block.
 
@@ -116,22 +134,23 @@ def values(
       weight: "int4", or a key of `TABLES`.
       dtype: "bfloat16" or "float16".
       piece: which of `pieces` equal ones, 1, 2, 4 or 8.
-      zero: of integers, `-offset - zero point` (`pallas_kernels.pairs.MAGIC`) as pairs: uint32 `[64]` in `OF_ROWS`;
-        None for the middle code.
-      factors: as many equal parts of the piece have one each, pairs like `zero`; rounded to `dtype`. None if empty.
+      zero: of integers, `-offset - zero point` (`pallas_kernels.pairs.MAGIC`) as pairs: uint32 `[64]` in `OF_ROWS`; as
+        many equal parts of the piece have one each. The middle code if empty.
+      factors: likewise, what values are multiplied by, rounded to `dtype`. None if empty.
       interpret: plain operations instead of PTX.
+      raised: factors are those times 2^24; only for int4 about its middle code in float16, which is decoded in two
+        instructions a pair then.
 
     Returns:
       `[64, 128 / pieces]` in `dtype`, in `VALUES`.
     """
     which = range(16 * piece // pieces, 16 * (piece + 1) // pieces)  # t
-    zeros = [] if zero is None else [zero]
     if interpret:
-        return _in_plain(words, zeros, factors, weight, dtype, which)
-    rows = [OF_ROWS] * (len(zeros) + len(factors))
+        return _in_plain(words, zero, factors, weight, dtype, which, raised)
+    rows = [OF_ROWS] * (len(zero) + len(factors))
     return plgpu.inline_mgpu(
         arg_types=(WORDS, *rows),
         return_type=plgpu.ShapeDtypeStruct((ROWS, 8 * len(which)), jnp.dtype(dtype), layout=VALUES),
-    )(lambda _, w, *a: _in_lanes(w, list(a[: len(zeros)]), list(a[len(zeros) :]), weight, dtype, which))(
-        words, *zeros, *factors
+    )(lambda _, w, *a: _in_lanes(w, list(a[: len(zero)]), list(a[len(zero) :]), weight, dtype, which, raised))(
+        words, *zero, *factors
     )

@@ -30,7 +30,7 @@ def piece_of(
         dtype=dtype,
         piece=piece,
         pieces=plan.pieces,
-        zero=entries("zero", index, 1)[0] if plan.zeros else None,
+        zero=entries("zero", index, 1) if plan.zeros else [],
         factors=entries("scale", block * plan.groups, plan.groups) if plan.scales_values else [],
         interpret=plan.interpret,
     )

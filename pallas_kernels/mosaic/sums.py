@@ -88,10 +88,10 @@ def begin(values: jax.Array, x: Any, transforms: tuple[Any, Any]) -> jax.Array:
     )(lambda _, v, ref: _begin(v, ref, dtype, swizzle))(values, x)
 
 
-def ready(values: jax.Array) -> jax.Array:
+def ready(values: jax.Array, layout: Any = VALUES) -> jax.Array:
     """The same values; what makes them is not put off to after what follows."""
     return plgpu.inline_mgpu(
-        arg_types=(VALUES,), return_type=plgpu.ShapeDtypeStruct(values.shape, values.dtype, layout=VALUES)
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(values.shape, values.dtype, layout=layout)
     )(lambda _, v: fragmented_array.optimization_barrier(v))(values)
 
 

@@ -8,7 +8,7 @@ import jax
 from pallas_kernels.mosaic.columns import LANES
 from pallas_kernels.mosaic.lines import LINE
 from pallas_kernels.mosaic.operand import BLOCK, ROWS, WORDS_A_BLOCK
-from pallas_kernels.mosaic.walk import CONSUMERS, SLOTS, Walk
+from pallas_kernels.mosaic.walk import CONSUMERS, REGISTERS, SLOTS, Walk
 
 TILE_N = CONSUMERS * ROWS
 EXACT = 32  # blocks whose sums of codes stay within 22 bits, at most 8 * 128 each product
@@ -65,6 +65,9 @@ class Plan:
     tile: Tile
     sms: int
     interpret: bool
+    consumers: int = CONSUMERS
+    readers: int = CONSUMERS
+    registers: tuple[int, int] = REGISTERS
 
     @property
     def walk(self) -> Walk:

@@ -8,7 +8,7 @@ import jax
 from pallas_kernels.mosaic.columns import LANES
 from pallas_kernels.mosaic.lines import LINE
 from pallas_kernels.mosaic.operand import ROWS
-from pallas_kernels.mosaic.walk import BAND, CONSUMERS, SLOTS, Walk
+from pallas_kernels.mosaic.walk import BAND, CONSUMERS, REGISTERS, SLOTS, Walk
 
 STEP = 128  # columns of K of a stage: a row of it is what the swizzle is made for
 TILE_M = CONSUMERS * ROWS
@@ -52,6 +52,9 @@ class Plan:
     tile: Tile
     sms: int
     interpret: bool
+    consumers: int = CONSUMERS
+    readers: int = CONSUMERS
+    registers: tuple[int, int] = REGISTERS
 
     @property
     def steps(self) -> int:

@@ -67,6 +67,18 @@ class Plan(Protocol):
         """Stages of a tile."""
 
     @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply; one more fills stages."""
+
+    @property
+    def readers(self) -> int:
+        """Those of them that read one stage, the first of them the first."""
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread of the producer and of a consumer, of what the kernel starts with."""
+
+    @property
     def tile(self) -> Any:
         """With the fields `stages` and `cluster`."""
 
@@ -99,13 +111,15 @@ class Roles:
     turns: bool = False
 
 
-def barriers(tile: Any, *, arrivals: int, turns: bool = False) -> dict[str, Any]:
-    """The barriers of the module's docstring; `arrivals`: those that fill a stage."""
+def barriers(
+    tile: Any, *, arrivals: int, consumers: int = CONSUMERS, readers: int = CONSUMERS, turns: bool = False
+) -> dict[str, Any]:
+    """The barriers of the module's docstring; `arrivals`: those that fill a stage; the others as in `Plan`."""
     found = dict(
         full=plgpu.Barrier(num_arrivals=arrivals, num_barriers=tile.stages),
-        empty=read_barriers(tile.cluster, CONSUMERS, tile.stages),
+        empty=read_barriers(tile.cluster, readers, tile.stages),
         scaled=plgpu.Barrier(),
-        unscaled=plgpu.Barrier(num_arrivals=CONSUMERS),
+        unscaled=plgpu.Barrier(num_arrivals=consumers),
     )
     return found | dict(turn=plgpu.Barrier(num_barriers=CONSUMERS)) if turns else found
 
@@ -137,9 +151,11 @@ def _produce(plan: Plan, roles: Roles, program: jax.Array, refs: Mapping[str, An
 def _consume(plan: Plan, roles: Roles, program: jax.Array, warpgroup: jax.Array, s: Any) -> None:
     """A consumer's part of all tiles of its program."""
 
-    @pl.loop(0, plan.tile.stages)
-    def nothing_to_read_yet(slot: jax.Array) -> None:
-        plgpu.barrier_arrive(s["empty"].at[slot])
+    @pl.when(warpgroup < plan.readers)
+    def nothing_to_read_yet() -> None:
+        @pl.loop(0, plan.tile.stages)
+        def of_stage(slot: jax.Array) -> None:
+            plgpu.barrier_arrive(s["empty"].at[slot])
 
     plgpu.barrier_arrive(s["unscaled"])
     if roles.turns:
@@ -169,12 +185,14 @@ def walk(plan: Plan, roles: Roles, names: tuple[str, ...], *given: Any, **s: Any
     refs, s["y"] = dict(zip(names, given[:-1], strict=True)), given[-1]
     program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
 
-    @pl.when(warpgroup == CONSUMERS)
+    few, many = plan.registers
+
+    @pl.when(warpgroup == plan.consumers)
     def fill() -> None:
-        plgpu.set_max_registers(REGISTERS[0], action="decrease")
+        plgpu.set_max_registers(few, action="decrease")
         _produce(plan, roles, program, refs, s)
 
-    @pl.when(warpgroup < CONSUMERS)
+    @pl.when(warpgroup < plan.consumers)
     def multiply() -> None:
-        plgpu.set_max_registers(REGISTERS[1], action="increase")
+        plgpu.set_max_registers(many, action="increase")
         _consume(plan, roles, program, warpgroup, s)

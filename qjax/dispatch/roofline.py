@@ -133,6 +133,13 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.41, 0.6, 1.3e-5, _H200 + "89 us (int4 g128) at M=256", m_max=256),
         Efficiency(0.41, 0.62, 3e-6, _H200 + "604 us (int4 g128) at M=2048, 437 at 8192 x 8192"),
     ),
+    ("mosaic.matmul_folded", "gpu", True): (
+        Efficiency(0.2, 0.3, 8e-6, "not measured yet", weights=(*_TABLES, "higgs4")),
+        Efficiency(0.36, 0.4, 6e-6, _H200 + "28 us (int4 g128) at M=64", m_max=64),
+        Efficiency(0.36, 0.5, 6e-6, _H200 + "41 us (int4 g128) at M=128, 43 at 8192 x 8192", m_max=128),
+        Efficiency(0.36, 0.66, 6e-6, _H200 + "75 us (int4 g128) at M=256, 60 at 8192 x 8192", m_max=256),
+        Efficiency(0.36, 0.7, 6e-6, _H200 + "530 us (int4 g128) at M=2048, 394 at 8192 x 8192"),
+    ),
     ("triton.matmul_8bit", "gpu", False): (
         Efficiency(0.7, 0.3, 3e-6, _H200 + "28 us (int8) at M=1, 30 at 16", m_max=16),
         Efficiency(0.31, 0.3, 3e-6, _H200 + "64 us (int8) at M=64, 1230 at 2048"),

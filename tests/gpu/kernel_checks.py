@@ -44,7 +44,7 @@ ROUNDED = 2.5  # where something else is rounded to that type too, as the kernel
 ROUNDS = {
     "mosaic.matmul_few": ("nf4", "fp4", "higgs4"),  # values of the table
     "mosaic.matmul_packed": ("nf4", "fp4", "higgs4"),  # values of the table
-    "mosaic.matmul_many": ("nf4", "fp4", "higgs4"),  # values of the table
+    "mosaic.matmul_folded": ("float16",),  # the weight, in float16: next to bfloat16 that is little
     "mosaic.matmul_w4a8": ("int4",),  # the total, where it has the size of 1.5 * 2^23 scales
     "mosaic.matmul_w8a8": ("e4m3",),  # sums of 256 products, which Hopper's tensor cores keep in about 14 bits
     "triton.matmul_packed": ("nf4", "fp4", "higgs4"),  # values of the table
@@ -56,7 +56,7 @@ ROUNDS = {
     "cublaslt.matmul": ("e4m3", "e5m2"),  # sums, by fast accumulation
     "cublaslt.dense": None,  # the weight
     "xla.dequantize_dot": None,  # the weight
-}  # None: for every format
+}  # formats of the weight or of x; None: for every one
 _ALIGNMENT = 256  # of the allocator
 
 
@@ -75,7 +75,15 @@ class Case:
     def allowed(self) -> float:
         """How many times the error of rounding once."""
         formats = ROUNDS.get(self.route.name, ())
-        return ROUNDED if formats is None or self.product.weight.scheme.weight in formats else FUSED
+        its = {self.product.weight.scheme.weight, self.product.x_dtype}
+        return ROUNDED if formats is None or its & set(formats) else FUSED
+
+    @property
+    def rounded_to(self) -> str | None:
+        """What the kernel rounds operands to."""
+        if self.route.name == "mosaic.matmul_folded":
+            return "float16"
+        return self.product.x_dtype if self.allowed > FUSED else None
 
     @property
     def depends_on_all_rows(self) -> bool:
@@ -167,8 +175,8 @@ def exact_result(case: Case, o: Operands, rows: Rows | None) -> tuple[np.ndarray
     exact = oracle(x, w, lead, activation, o.residual)
     argument = np.abs(x @ w) + np.abs(lead) if lead is not None else 0.0
     bound = tolerance(x, w, exact, o.x.dtype, epilogue=argument)
-    if case.allowed > FUSED:  # operands rounded to x's type: independent errors of up to u each, five sigma
-        bound = bound + 5 * 1.13 * ROUNDOFF[np.dtype(o.x.dtype).name] * np.sqrt((x * x) @ (w * w))
+    if case.rounded_to:  # independent errors of up to u each, five sigma
+        bound = bound + 5 * 1.13 * ROUNDOFF[case.rounded_to] * np.sqrt((x * x) @ (w * w))
     return exact, bound
 
 
