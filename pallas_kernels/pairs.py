@@ -69,17 +69,6 @@ def pair(nibble: int, weight: str, dtype: str, less: str | None) -> str:
       weight: "int4" or a key of `TABLES`.
       less: a register with `-offset - zero point`, of integers (`MAGIC`); None for the middle code.
     """
-    if weight == "int4" and dtype == "float16":  # whose mantissa holds two nibbles: a shift for every other one
-        by, up = divmod(nibble, 2)
-        mask, exponent = 0x000F000F << 4 * up, MAGIC[dtype][0] * 0x00010001
-        code = f"shr.b32 s, $1, {8 * by}; lop3.b32 v, s, 0x{mask:08x}, 0x{exponent:08x}, 0xEA;"
-        less = less or constant(-MAGIC[dtype][1] - 8, dtype)
-        if not up:
-            return f"{{ .reg .b32 s, v, a; {code} mov.b32 a, {less}; add.rn.f16x2 $0, v, a; }}"
-        return (  # 1024 + 16 code, a sixteenth of which has 64 of the 1024 left
-            f"{{ .reg .b32 s, v, a, b, f; {code} mov.b32 b, {less}; mov.b32 a, {constant(960.0, dtype)}; "
-            f"add.rn.f16x2 a, a, b; mov.b32 f, {constant(1 / 16, dtype)}; fma.rn.f16x2 $0, v, f, a; }}"
-        )
     if weight == "int4":
         less = less or constant(-MAGIC[dtype][1] - 8, dtype)
         return (

@@ -13,7 +13,8 @@ from pallas_kernels.mosaic.walk import Walk
 _STAGED = 2048  # bytes in which a consumer gathers what it stores
 _SHAPES = ((2, 1), (3, 1), (1, 2), (2, 2), (1, 4))  # row_groups, k_groups
 _SIZES = (32, 64, 128, 192, 256)
-_WIDEST = {2: 256, 3: 128, 4: 64}  # rows of x whose sums a consumer's thread has registers for, by consumers
+# Rows of x whose sums a consumer's thread has registers for, by consumers; with more than four scales a block.
+_WIDEST, _WIDEST_OF_MANY = {2: 256, 3: 128, 4: 64}, {2: 192, 3: 64, 4: 32}
 _START = 60  # rows of x that could be multiplied while a tile begins and ends, for each 64 rows of the weight
 
 
@@ -167,12 +168,13 @@ def _most_stages(tile: Tile, entries: int, smem: int) -> Tile:
 
 def candidates(m: int, k: int, entries: int, smem: int) -> list[Tile]:
     """Tiles worth measuring; `entries` as in `Tile.smem`."""
+    widest = _WIDEST if entries <= 4 else _WIDEST_OF_MANY
     least = min((size for size in _SIZES if size >= m), default=_SIZES[-1])
     sizes = [size for size in _SIZES if least // 2 <= size <= least]
     found = []
     for tile_m, (row_groups, k_groups), blocks, cluster in itertools.product(sizes, _SHAPES, (1, 2), (1, 2)):
         tile = Tile(tile_m, row_groups, k_groups, blocks, 0, cluster)
-        if tile_m <= _WIDEST[tile.consumers] and (blocks == 2 or tile_m > 64) and (cluster == 1 or tile_m > 64):
+        if tile_m <= widest[tile.consumers] and (blocks == 2 or tile_m > 64) and (cluster == 1 or tile_m > 64):
             found.append(_most_stages(tile, entries, smem))
     fit = [tile for tile in found if tile.stages >= 2 * tile.k_groups and tile.smem(entries) <= smem]
     return [tile for tile in fit if tile.k_groups == 1 or tile.k_groups * tile.blocks * BLOCK < k]

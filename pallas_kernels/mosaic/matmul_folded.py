@@ -15,7 +15,7 @@ and put back into the sums. What is 2^28 times smaller than the largest of its r
 
 Work: one program a multiprocessor walks over tiles of `rows` of the weight and `tile_m` of x (`walk`). Its warpgroups:
 
-    producer    TMA: x [tile_m, 128], words [rows, 128] of a block of K ──▶ ring of stages in shared memory, across tiles;
+    producer    TMA: x [tile_m, 128], words [rows, 128] of a block ──▶ ring of stages in shared memory, across tiles;
                 its lanes: scales ──times a power of two of the row──▶ pairs of float16; those powers; zero points
     consumers   words ──LDS.128──▶ registers ──`operand`──▶ values [64, 64] ──wgmma, x from shared memory──▶ sums
                 at a tile's end: * powers of two, + bias ──▶ y in shared memory, turned ──TMA──▶ y
@@ -30,7 +30,7 @@ the result.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ from pallas_kernels.mosaic.sums import ready
 from pallas_kernels.mosaic.walk import Roles, barriers, walk
 from pallas_kernels.pairs import MAGIC
 
-_RAISED_AT = -10  # of the largest scale where 2^24 times it is what values are made with
+RAISED_AT = -10  # of the largest scale where 2^24 times it is what values are made with
 _SCALE_AT = 10  # of the largest scale of a row of the weight: values are at most 15 times that
 _HALF = BLOCK // 2  # columns of a product
 _READ_AT_ONCE = 16  # of a row's scales, by the lane that looks for the largest
@@ -126,7 +126,7 @@ def _fill(plan: Plan, first: jax.Array, first_x: jax.Array, first_w: jax.Array, 
     def begin() -> None:
         pl.loop(0, at_once)(copy)
 
-    to, back = power(_largest(plan, refs["scale"], first_w), _RAISED_AT if plan.raised else _SCALE_AT)
+    to, back = power(_largest(plan, refs["scale"], first_w), RAISED_AT if plan.raised else _SCALE_AT)
     to = to * jnp.float32(2.0**operand.RAISED if plan.raised else 1)
 
     def one(stage: jax.Array, raws: list[jax.Array]) -> None:
@@ -175,7 +175,7 @@ def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Arr
             found.append(plgpu.load(pairs, layout=OF_ROWS, optimized=False))
         return tuple(found)
 
-    def values(given: tuple[jax.Array, ...], half: int) -> jax.Array:
+    def values(given: Sequence[jax.Array], half: int) -> jax.Array:
         groups = slice(half * plan.groups // 2, -(-(half + 1) * plan.groups // 2))
         words, *pairs = given
         return operand.values(
@@ -214,7 +214,7 @@ def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Arr
                 after = next_to(slot, i) if last else slot
                 # Read while products are under way; behind the last stage it is another tile's, and nobody's.
                 words, *pairs = read(after, 0 if last else block + 1)
-                given = ready(words, WORDS), *(ready(pair, OF_ROWS) for pair in pairs)
+                given = [ready(words, WORDS), *(ready(pair, OF_ROWS) for pair in pairs)]
                 plgpu.wgmma_wait(1)
             return after, slot, *given
 
@@ -360,8 +360,10 @@ def matmul(
         operands["zero"] = zero_point
     if whole and bias is not None:
         operands["bias"] = bias[:, None]
-    named = [name in operands for name in ("zero", "x_scale", "bias")]
-    plan = Plan(m, n, blocks, weight, group, scale.dtype.name, *named, tile, sms, interpret)
+    zeros, x_scaled, biased = (name in operands for name in ("zero", "x_scale", "bias"))
+    plan = Plan(
+        m, n, blocks, weight, group, scale.dtype.name, zeros, x_scaled, biased, tile, sms, interpret
+    )  # fmt: skip
     if plan.rounds < tile.k_groups or tile.stages < 2 * tile.k_groups or tile.stages % tile.k_groups:
         raise ValueError(
             f"{tile}: wants a stage of K={k} for each of k_groups={tile.k_groups}, of {plan.rounds}, and in the ring "

@@ -99,8 +99,7 @@ def _fill(plan: Plan, first: jax.Array, first_x: jax.Array, first_w: jax.Array, 
     def one(block: jax.Array, ahead: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         slot = slot_of(first + block, tile.stages)
         plgpu.barrier_wait(s["empty"].at[slot])
-        if plan.interpret:  # on the chip a barrier orders what lanes have read before what the copy engine writes
-            plgpu.commit_smem()
+        plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
         full = s["full"].at[slot]
         words = refs["w"].at[pl.ds(first_w, TILE_N), pl.ds(block * WORDS_A_BLOCK, WORDS_A_BLOCK)]
         plgpu.copy_gmem_to_smem(words, s["w"].at[slot], full)

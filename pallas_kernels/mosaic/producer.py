@@ -107,8 +107,7 @@ def produce(plan: Plan[Any], at: Callable[[Any], Place], count: Any, x_ref: Any,
 
     def refill(i: jax.Array, entries: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
         plgpu.barrier_wait(s["empty"].at[slot_of(i, tile.stages)])
-        if plan.interpret:  # on the chip a barrier orders what lanes have read before what the copy engine writes
-            plgpu.commit_smem()
+        plgpu.commit_smem()  # what lanes have read there, the copy engine may overwrite
         copy(i)
         return store(i, entries)
 

@@ -89,7 +89,7 @@ ROUTES: tuple[Route, ...] = (
     Route("mosaic.matmul_many", "mosaic", "pallas_kernels.mosaic.matmul_many", TABLES | {"int4", "e2m1"},
           AS_IT_IS, SCALED | PIECES | {"zero_point"}, GPU, 90, 90, m_min=65),
     Route("mosaic.matmul_folded", "mosaic", "pallas_kernels.mosaic.matmul_folded", TABLES | {"int4", "e2m1"},
-          AS_IT_IS, SCALED | PIECES | {"zero_point"}, GPU, 90, 90, m_min=17),
+          AS_IT_IS, SCALED | PIECES, GPU, 90, 90, m_min=33),
     Route("triton.matmul_8bit", "triton", "pallas_kernels.triton.matmul_8bit", BYTES,
           AS_IT_IS, frozenset({"zero_point", "nested_scale"}), GPU, 80, m_min=1),
     Route("triton.matmul_w8a8", "triton", "pallas_kernels.triton.matmul_w8a8", frozenset({"int8", "e4m3"}),

@@ -8,7 +8,7 @@ import pytest
 from aot.compiler import Compiler, missing
 from products import Product
 
-from pallas_kernels.mosaic import w4a8_plan, w8a8_plan, walk
+from pallas_kernels.mosaic import folded_plan, w4a8_plan, w8a8_plan, walk
 from pallas_kernels.mosaic.many_tiles import ManyTile
 from pallas_kernels.mosaic.tiles import Tile
 
@@ -68,6 +68,32 @@ def test_a_configuration_of_many_rows_compiles_with_the_registers_that_it_counts
     (kernel,) = (k for k in report.kernels if "hopper" in k.name)
     assert (kernel.spills, kernel.stack, kernel.serialized) == (0, 0, False)
     producer, consumer = tile.handed_over(columns=8)
+    assert producer + tile.consumers * consumer <= (tile.consumers + 1) * kernel.registers
+
+
+# scheme, rows of x, K, N, the configuration with folded scales, epilogue
+OF_FOLDED = [
+    ("w4a16", 64, 4096, 22016, folded_plan.Tile(64, 3, 1, 2, 3), {}),
+    ("w4a16", 64, 8192, 8192, folded_plan.Tile(64, 1, 4, 1, 8), {}),
+    ("w4a16", 128, 4096, 22016, folded_plan.Tile(128, 3, 1, 1, 4, 2), {}),
+    ("w4a16", 2048, 4096, 22016, folded_plan.Tile(256, 2, 1, 1, 3, 2), {}),
+    ("w4a16", 65, 392, 130, folded_plan.Tile(128, 1, 2, 1, 4), {"stack": 2}),
+    ("w4a16:group_size=32", 257, 1001, 77, folded_plan.Tile(192, 2, 1, 1, 3), {"x_dtype": "float16"}),
+    ("nvfp4", 257, 4304, 328, folded_plan.Tile(192, 2, 1, 1, 3), {"epilogue": True}),
+    ("nf4", 257, 7392, 520, folded_plan.Tile(128, 3, 1, 1, 3), {}),
+]
+
+
+@pytest.mark.parametrize(("scheme", "m", "k", "n", "tile", "variant"), OF_FOLDED, ids=str)
+def test_a_configuration_with_folded_scales_compiles_with_the_registers_that_it_counts_on(
+    scheme: str, m: int, k: int, n: int, tile: folded_plan.Tile, variant: dict, compiler: Compiler
+) -> None:
+    product = Product(scheme, m, k, n, **variant)
+    report = compiler("H200", product, "mosaic.matmul_folded", dataclasses.asdict(tile))
+    assert not report.error, report.error
+    (kernel,) = (k for k in report.kernels if "hopper_folded" in k.name)
+    assert (kernel.spills, kernel.stack, kernel.serialized) == (0, 0, False)
+    producer, consumer = tile.registers(1)
     assert producer + tile.consumers * consumer <= (tile.consumers + 1) * kernel.registers
 
 

@@ -8,7 +8,9 @@ import pytest
 from lane_places import places
 
 import qjax
-from pallas_kernels.mosaic import matmul_many, matmul_packed, operand
+from pallas_kernels.mosaic import folded_plan, matmul_folded, matmul_many, matmul_packed, operand
+from pallas_kernels.mosaic.fit_rows import AT, fit_plainly
+from pallas_kernels.mosaic.folded_plan import Tile as FoldedTile
 from pallas_kernels.mosaic.many_tiles import STRIP, ManyTile
 from pallas_kernels.mosaic.tiles import Tile
 from qjax.dequantize import block_scales
@@ -35,7 +37,17 @@ CASES = [
     ("w4a16", (130, 384, 200), ManyTile(128, 2, 2), 1.05),
     ("w4a16:group_size=64,symmetric=false", (70, 200, 130), ManyTile(128, 2), 1.05),
     ("mxfp4", (200, 160, 130), ManyTile(192, 2), 1.05),
+    ("w4a16", (130, 384, 200), FoldedTile(128, 2, 1, 1, 2), 1.05),
+    ("w4a16:symmetric=false", (70, 200, 130), FoldedTile(64, 3, 1, 2, 2), 1.05),
+    ("w4a16:group_size=32,symmetric=false", (70, 600, 130), FoldedTile(64, 1, 2, 2, 4), 1.05),
+    ("w4a16:group_size=-1", (40, 300, 33), FoldedTile(32, 2, 2, 1, 4, 2), 1.05),
+    ("w4a16:group_size=tensor", (9, 1100, 70), FoldedTile(32, 1, 4, 1, 8), 1.05),
+    ("nf4:double_quant=true", (33, 320, 64), FoldedTile(32, 2, 1, 1, 2), 1.1),
+    ("fp4", (33, 192, 64), FoldedTile(32, 2, 1, 2, 2), 1.1),
+    ("mxfp4", (33, 288, 64), FoldedTile(32, 2, 1, 1, 2), 1.05),
+    ("nvfp4", (33, 256, 48), FoldedTile(64, 2, 1, 2, 2), 1.05),
 ]
+KERNELS = {Tile: matmul_packed, ManyTile: matmul_many, FoldedTile: matmul_folded}
 
 
 def _product(
@@ -58,9 +70,13 @@ def _rounding(exact: np.ndarray, dtype: str = "bfloat16") -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "shape", "tile", "allowed"), CASES, ids=lambda v: str(v))
 def test_an_interpreted_kernel_is_as_close_to_float64_as_rounding_once_and_does_not_race(
-    scheme: str, shape: tuple[int, int, int], tile: Tile | ManyTile, allowed: float, capfd: pytest.CaptureFixture[str]
+    scheme: str,
+    shape: tuple[int, int, int],
+    tile: Tile | ManyTile | FoldedTile,
+    allowed: float,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    kernel = matmul_packed if isinstance(tile, Tile) else matmul_many
+    kernel = KERNELS[type(tile)]
     y, exact = _product(scheme, *shape, kernel=kernel, config=vars(tile), sms=2)  # few programs: some have two tiles
     assert np.linalg.norm(y - exact) <= allowed * _rounding(exact)
     assert "RACE" not in capfd.readouterr().out
@@ -74,6 +90,45 @@ def test_what_follows_the_product_is_done_in_float32() -> None:
     exact = 0.5 * exact + np.asarray(bias, np.float64)
     exact = exact / (1 + np.exp(-exact)) + np.asarray(residual, np.float64)
     assert np.linalg.norm(y - exact) <= 1.05 * _rounding(exact, "float16")
+
+
+@pytest.mark.slow
+def test_with_folded_scales_too() -> None:
+    bias, residual = (jax.random.normal(jax.random.key(i), s).astype("float16") for i, s in ((2, (40,)), (3, (9, 40))))
+    options = dict(kernel=matmul_folded, config=vars(FoldedTile(32, 1, 1, 1, 2)), bias=bias)
+    y, exact = _product("w4a16", 9, 256, 40, "float16", **options)
+    exact = exact + np.asarray(bias, np.float64)
+    assert np.linalg.norm(y - exact) <= 1.5 * _rounding(exact, "float16")  # values are rounded to it as well
+    y, exact = _product("w4a16", 9, 256, 40, global_scale=jnp.float32(0.5), residual=residual, **options)
+    exact = 0.5 * exact + np.asarray(bias, np.float64) + np.asarray(residual, np.float64)
+    assert np.linalg.norm(y - exact) <= 1.05 * _rounding(exact)
+
+
+def test_rows_of_x_are_fitted_to_float16_without_a_loss() -> None:
+    x = jax.random.normal(jax.random.key(0), (5, 300)).astype("bfloat16")
+    x = x * 2.0 ** jnp.arange(300)[None] ** 0.5 * jnp.asarray([1e-30, 1e30, 1, 0, 1e-3])[:, None]  # 2^17 within a row
+    x = x.astype("bfloat16")
+    fitted, back = fit_plainly(x)
+    assert fitted.dtype == jnp.float16 and back.shape == (5, 1)
+    np.testing.assert_array_equal(fitted.astype(jnp.float32) * back, x.astype(jnp.float32))
+    largest = np.abs(np.asarray(fitted, np.float32)).max(axis=1)
+    assert ((2.0**AT <= largest) & (largest < 2.0 ** (AT + 1)) | (largest == 0)).all()
+
+
+@pytest.mark.parametrize(("down", "allowed"), [(0, 2.0**-11.5), (4, 2.0**-11.5), (9, 2.0**-9), (13, 2.0**-5)])
+def test_values_of_raised_scales_are_exact_but_for_rounding(down: int, allowed: float) -> None:
+    words = jax.random.bits(jax.random.key(0), (64, 16), jnp.uint32)
+    scale = jax.random.uniform(jax.random.key(1), (64,), minval=1, maxval=2).astype(jnp.bfloat16).astype(jnp.float32)
+    scale = scale * 2.0 ** (matmul_folded.RAISED_AT - down)  # of a group, `down` powers of two below its row's largest
+    raised = jax.lax.bitcast_convert_type((scale * 2.0**operand.RAISED).astype(jnp.float16), jnp.uint16)
+    pairs = raised.astype(jnp.uint32) * jnp.uint32(0x10001)
+    options = dict(weight="int4", dtype="float16", piece=0, pieces=1, zero=[], interpret=True)
+    values = operand.values(words, factors=[pairs], raised=True, **options)
+    codes = np.asarray(operand.values(words, factors=[], **options), np.float64)
+    exact = codes * np.asarray(scale, np.float64)[:, None]
+    error = np.asarray(values, np.float64) - exact
+    assert (np.abs(error) <= np.maximum(2.0**-11 * np.abs(exact), 2.0**-25)).all()
+    assert np.linalg.norm(error) <= allowed * np.linalg.norm(exact)
 
 
 @pytest.mark.slow
@@ -130,6 +185,25 @@ def test_configurations_of_many_rows_fit_the_chip(m: int, weight: str, group: in
         producer, consumer = tile.handed_over(columns=8)
         assert tile.tile_m % STRIP == 0 and tile.stages >= 2
         assert 128 * (producer + 2 * consumer) <= 65536
+
+
+@pytest.mark.parametrize("m", [33, 65, 256, 2048])
+@pytest.mark.parametrize("entries", [1, 2, 8])
+def test_configurations_of_folded_scales_fit_the_chip(m: int, entries: int) -> None:
+    found = folded_plan.candidates(m, 4096, entries, 227 * 1024)
+    assert folded_plan.tile_for(m, 22016, 4096, entries, sms=132, smem=227 * 1024) in found
+    for tile in found:
+        producer, consumer = tile.registers(entries)
+        assert tile.stages % tile.k_groups == 0 and tile.stages >= 2 * tile.k_groups
+        assert tile.smem(entries) <= 227 * 1024
+        assert 128 * (producer + tile.consumers * consumer) <= 65536
+        assert consumer - tile.tile_m // 2 >= 60  # two pieces of values, words, places
+
+
+def test_a_configuration_that_would_wait_for_itself_is_refused() -> None:
+    for tile, k in ((FoldedTile(32, 1, 4, 1, 4), 4096), (FoldedTile(32, 1, 4, 2, 8), 512)):
+        with pytest.raises(ValueError, match="k_groups=4"):
+            jax.eval_shape(lambda t=tile, k=k: _product("w4a16", 9, k, 40, kernel=matmul_folded, config=vars(t)))
 
 
 def test_groups_too_small_for_products_of_their_own_are_left_to_another_kernel() -> None:
