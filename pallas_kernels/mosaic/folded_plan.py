@@ -174,7 +174,8 @@ def candidates(m: int, k: int, entries: int, smem: int) -> list[Tile]:
     found = []
     for tile_m, (row_groups, k_groups), blocks, cluster in itertools.product(sizes, _SHAPES, (1, 2), (1, 2)):
         tile = Tile(tile_m, row_groups, k_groups, blocks, 0, cluster)
-        if tile_m <= widest[tile.consumers] and (blocks == 2 or tile_m > 64) and (cluster == 1 or tile_m > 64):
+        clustered = cluster == 1 or (tile_m > 64 and k_groups == 1)
+        if tile_m <= widest[tile.consumers] and (blocks == 2 or tile_m > 64) and clustered:
             found.append(_most_stages(tile, entries, smem))
     fit = [tile for tile in found if tile.stages >= 2 * tile.k_groups and tile.smem(entries) <= smem]
     return [tile for tile in fit if tile.k_groups == 1 or tile.k_groups * tile.blocks * BLOCK < k]

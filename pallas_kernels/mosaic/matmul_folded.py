@@ -11,7 +11,10 @@ result; float16's 11 make it 1.01. Its range is not bfloat16's, so powers of two
     x       of each row: its largest number lies in [2^14, 2^15), before the kernel (`fit_rows`)
     scales  of each row of the weight: the largest in [2^10, 2^11), by the producer, which reads them all first
 
-and put back into the sums. What is 2^28 times smaller than the largest of its row loses bits.
+and put back into the sums. What is 2^28 times smaller than the largest of its row loses bits. int4 about its middle
+code has the largest scale in [2^-10, 2^-9) instead, for a nibble is a subnormal number where it lies
+(`pallas_kernels.pairs.scaled_code`): values are rounded to 2^-24 at least, so that a group whose scale is 2^9 times
+smaller than its row's largest is as exact as in bfloat16.
 
 Work: one program a multiprocessor walks over tiles of `rows` of the weight and `tile_m` of x (`walk`). Its warpgroups:
 
