@@ -86,9 +86,7 @@ def save(
             arrays[f"{module}.weight"] = np.asarray(value).T
         else:
             arrays[f"{module}.{'weight' if name == 'embedding' else name}"] = value
-    config, carried = _beside(Path(source))
-    for key in KEYS:
-        config.pop(key, None)
+    config, carried = _of_text_model(Path(source))
     if tensors:
         config["quantization_config"] = settings(tensors, dense)
     write_folder(path, tensors=arrays, config=config, extra_files=carried, overwrite=overwrite)
@@ -121,12 +119,17 @@ def _variables(model: Any) -> Iterator[tuple[str, str, Any]]:
                 yield TensorNames().prefix(".".join(map(str, path))), name, variable.get_value()
 
 
-def _beside(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The config of a folder's text model or of a GGUF file, and the files of a folder that go along."""
+def beside(source: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The config of a folder without its quantization, and the files that go along with it."""
+    names = (file for file in sorted(source.iterdir()) if file.is_file())
+    carried = {file.name: file.read_bytes() for file in names if any(fnmatch(file.name, p) for p in CARRIED)}
+    return {key: value for key, value in config.items() if key not in KEYS}, carried
+
+
+def _of_text_model(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The same of a folder's text model, or of a GGUF file."""
     from qjax.models.tensor_names import text_config
 
     if not source.is_dir() and source.suffix == gguf.SUFFIX:
         return gguf.open_file(source)[0].config, {}
-    names = (file for file in sorted(source.iterdir()) if file.is_file())
-    carried = {file.name: file.read_bytes() for file in names if any(fnmatch(file.name, p) for p in CARRIED)}
-    return text_config(read_json(source / CONFIG)), carried
+    return beside(source, text_config(read_json(source / CONFIG)))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qjax.checkpoints.load import load
 from qjax.checkpoints.save import WRITERS, save
+from qjax.checkpoints.weights import convert_weights
 from qjax.checkpoints.write import check_target
 from qjax.cli.opening import kernel_bytes, scheme_names
 from qjax.cli.tables import show
@@ -28,12 +29,22 @@ def run(args: argparse.Namespace) -> None:
     """Reads, writes, and says what was written."""
     start = time.perf_counter()
     check_target(Path(args.out), source=args.folder, overwrite=args.overwrite)
-    model = load(args.folder)
-    quantized = sum(is_qtensor(layer.kernel) for layer in layers(model))
-    if not quantized:
-        raise CheckpointError(f"{args.folder}: nothing in it is quantized; `qjax quantize` does that")
-    save(model, args.out, source=args.folder, format=args.to, overwrite=args.overwrite)
-    row = (args.to, scheme_names(model), str(quantized), f"{kernel_bytes(model):,}")
+    try:
+        model = load(args.folder)
+    except NotImplementedError as unknown:
+        if args.to != "qjax":
+            raise
+        found = convert_weights(args.folder, args.out, overwrite=args.overwrite)
+        schemes = ", ".join(dict.fromkeys(str(w.scheme) for w in found.values()))
+        row = (args.to, schemes, str(len(found)), f"{sum(w.nbytes for w in found.values()):,}")
+        notes = [f"its weights alone, for qjax.load does not know the model: {unknown}"]
+    else:
+        quantized = sum(is_qtensor(layer.kernel) for layer in layers(model))
+        if not quantized:
+            raise CheckpointError(f"{args.folder}: nothing in it is quantized; `qjax quantize` does that")
+        save(model, args.out, source=args.folder, format=args.to, overwrite=args.overwrite)
+        row = (args.to, scheme_names(model) or "", str(quantized), f"{kernel_bytes(model):,}")
+        notes = list(model.notes)
     columns = ("format", "scheme", "layers", "bytes", "time")
-    notes = [f"written to {args.out}; bytes are those of the layers' kernels", *model.notes]
+    notes = [f"written to {args.out}; bytes are those of the layers' kernels", *notes]
     show(columns, [(*row, f"{time.perf_counter() - start:.1f} s")], right=columns[2:], notes=notes)

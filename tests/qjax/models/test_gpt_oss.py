@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.checkpoints.weights import read_weights
+from qjax.checkpoints.weights import convert_weights, read_weights
 from qjax.checkpoints.write import write_folder
+from qjax.cli.main import main
 from qjax.errors import CheckpointError
 from qjax.models.gpt_oss import load_experts
 
@@ -52,6 +54,30 @@ def test_experts_are_read_to_the_bit_and_give_the_output_of_their_formula(tmp_pa
     x = np.random.default_rng(1).normal(size=(5, H)).astype(np.float32)
     expected = outputs(x, dense)
     np.testing.assert_allclose(load_experts(folder)(jnp.asarray(x)), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_it_is_written_in_the_own_format_and_is_the_same_there(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path)
+    (folder / "tokenizer.json").write_text("{}")
+    written = convert_weights(folder, tmp_path / "own")
+    assert (tmp_path / "own" / "tokenizer.json").is_file()
+    read = read_weights(tmp_path / "own")
+    assert read.keys() == read_weights(folder).keys() == written.keys()
+    for name, w in read.items():
+        jax.tree.map(np.testing.assert_array_equal, w, written[name])
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, H)), jnp.float32)
+    np.testing.assert_array_equal(load_experts(tmp_path / "own")(x), load_experts(folder)(x))
+    with pytest.raises(CheckpointError, match="exists"):
+        convert_weights(folder, tmp_path / "own")
+
+
+def test_the_command_converts_it_to_no_other_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = folder_of(tmp_path)
+    assert main(["convert", str(folder), str(tmp_path / "own")]) == 0
+    assert "mxfp4" in capsys.readouterr().out
+    assert set(read_weights(tmp_path / "own")) == set(read_weights(folder))
+    assert main(["convert", str(folder), str(tmp_path / "other"), "--to", "gptq"]) != 0
+    assert "gpt_oss" in capsys.readouterr().err
 
 
 def test_the_smallest_scale_is_kept(tmp_path: Path) -> None:
