@@ -25,6 +25,10 @@ E2M1 = {"bfloat16": (6, 2.0**126), "float16": (9, 2.0**14)}
 # e4m3 -> float by shifts from each half's high byte: how far, the mask of what moves, 2^(difference of biases).
 E4M3 = {"bfloat16": (4, 0x07F007F0, 2.0**120), "float16": (1, 0x3F803F80, 2.0**8)}
 
+# Exponents of two by which scales are raised where codes are taken for the float16 numbers that their bits are: of
+# integers 2^-24 times the code, of e4m3 2^-8 times its value.
+RAISED = {"int4": 24, "int8": 24, "e4m3": 8}
+
 _FP4 = (0.0, 0.0052083333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
 _HIGGS = (
     0.12839502985114684, 0.38804829949029207, 0.656759118532465, 0.9423404564869625,
@@ -108,6 +112,23 @@ def scaled_code(nibble: int) -> str:
         f"{{ .reg .b32 s, v, a, c, f; shr.b32 s, $1, {8 * by}; and.b32 v, s, 0x{0x000F000F << 4 * up:08x}; "
         f"mov.b32 c, {constant(2.0 ** (-4 * up), half)}; mul.rn.f16x2 f, $2, c; "
         f"mov.b32 c, {constant(-(2.0**-21), half)}; mul.rn.f16x2 a, $2, c; fma.rn.f16x2 $0, v, f, a; }}"
+    )
+
+
+def scaled_byte_pair(second: int, weight: str) -> str:
+    """`code * scale` in float16 of the first or second two of a word's four codes, `$2` being pairs of
+    `2 ** RAISED[weight]` times the scale: as of `scaled_code`, of int8 less 128 instead of 8; the bits of e4m3 are
+    float16's of 2^-8 times it."""
+    if weight == "e4m3":
+        shift, mask, _ = E4M3["float16"]
+        return (
+            f"{{ .reg .b32 h, s, v, a; prmt.b32 h, $1, 0, 0x{(0x1404, 0x3424)[second]:04x}; shr.b32 s, h, {shift}; "
+            f"and.b32 s, s, 0x{mask:08x}; lop3.b32 v, h, 0x80008000, s, 0xEA; "
+            f"mov.b32 a, {constant(-0.0, 'float16')}; fma.rn.f16x2 $0, v, $2, a; }}"
+        )
+    return (
+        f"{{ .reg .b32 u, v, a, c; xor.b32 u, $1, 0x80808080; prmt.b32 v, u, 0, 0x{(0x4140, 0x4342)[second]:04x}; "
+        f"mov.b32 c, {constant(-(2.0**-17), 'float16')}; mul.rn.f16x2 a, $2, c; fma.rn.f16x2 $0, v, $2, a; }}"
     )
 
 

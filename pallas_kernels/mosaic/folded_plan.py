@@ -9,13 +9,23 @@ import jax
 from pallas_kernels.mosaic.columns import LANES
 from pallas_kernels.mosaic.operand import BLOCK, ROWS, WORDS_A_BLOCK
 from pallas_kernels.mosaic.walk import Walk
+from pallas_kernels.pairs import RAISED
 
+HALF = BLOCK // 2  # columns of a product
 _STAGED = 2048  # bytes in which a consumer gathers what it stores
 _SHAPES = ((2, 1), (3, 1), (1, 2), (2, 2), (1, 4))  # row_groups, k_groups
 _SIZES = (32, 64, 128, 192, 256)
 # Rows of x whose sums a consumer's thread has registers for, by consumers; with more than four scales a block.
 _WIDEST, _WIDEST_OF_MANY = {2: 256, 3: 128, 4: 64}, {2: 192, 3: 64, 4: 32}
 _START = 60  # rows of x that could be multiplied while a tile begins and ends, for each 64 rows of the weight
+
+
+BYTES = ("int8", "e4m3")
+
+
+def words_of(weight: str) -> int:
+    """Words of a row's block."""
+    return BLOCK // 4 if weight in BYTES else WORDS_A_BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +68,10 @@ class Tile:
         """Rows of x for which they do."""
         return -(-self.tile_m // LANES) * LANES
 
-    def smem(self, entries: int) -> int:
+    def smem(self, weight: str, entries: int) -> int:
         """Shared memory of a program in bytes, with room for barriers; `entries` of 32 bits, of a row in a block."""
-        block = self.tile_m * 2 * BLOCK + self.rows * WORDS_A_BLOCK * 4 + 4 * (entries + 1) * self.column_rows
+        codes = self.rows * words_of(weight) * 4
+        block = self.tile_m * 2 * BLOCK + codes + 4 * (entries + 1) * self.column_rows
         sums = (self.k_groups - 1) * self.rows * self.tile_m * 4
         return (
             self.stages * self.blocks * block
@@ -83,7 +94,7 @@ class Plan:
 
     Attributes:
       blocks: of 128 columns along K.
-      weight: "int4", or a key of `pallas_kernels.pairs.TABLES`.
+      weight: "int4", "int8", "e4m3", or a key of `pallas_kernels.pairs.TABLES`.
       group: columns that share a scale; `scale` is its dtype.
       zeros, x_scaled, bias: whether there are such operands.
     """
@@ -117,9 +128,19 @@ class Plan:
         return max(1, BLOCK // self.group)
 
     @property
-    def raised(self) -> bool:
-        """Whether codes are decoded as subnormal numbers (`pallas_kernels.pairs.scaled_code`)."""
-        return self.weight == "int4" and not self.zeros
+    def words(self) -> int:
+        """Of a row's block."""
+        return words_of(self.weight)
+
+    @property
+    def raised(self) -> int:
+        """By which power of two scales are raised; 0 where codes are decoded first."""
+        return 0 if self.zeros else RAISED.get(self.weight, 0)
+
+    @property
+    def largest(self) -> int:
+        """The exponent of a row's largest scale: values are below 2^15 then, raised scales as well."""
+        return 14 - self.raised if self.raised else 10
 
     @property
     def ahead(self) -> int:
@@ -159,15 +180,15 @@ def piece_of(itemsize: int) -> int:
     return _STAGED // (ROWS * itemsize)
 
 
-def _most_stages(tile: Tile, entries: int, smem: int) -> Tile:
+def _most_stages(tile: Tile, weight: str, entries: int, smem: int) -> Tile:
     """The tile with as many stages as there is room for, at most twelve."""
     step = tile.k_groups
     tiles = [dataclasses.replace(tile, stages=stages) for stages in range(max(2, step), 13, step)]
-    return max((t for t in tiles if t.smem(entries) <= smem), key=lambda t: t.stages, default=tiles[0])
+    return max((t for t in tiles if t.smem(weight, entries) <= smem), key=lambda t: t.stages, default=tiles[0])
 
 
-def candidates(m: int, k: int, entries: int, smem: int) -> list[Tile]:
-    """Tiles worth measuring; `entries` as in `Tile.smem`."""
+def candidates(m: int, k: int, weight: str, entries: int, smem: int) -> list[Tile]:
+    """Tiles worth measuring; `weight` and `entries` as in `Tile.smem`."""
     widest = _WIDEST if entries <= 4 else _WIDEST_OF_MANY
     least = min((size for size in _SIZES if size >= m), default=_SIZES[-1])
     sizes = [size for size in _SIZES if least // 2 <= size <= least]
@@ -176,12 +197,12 @@ def candidates(m: int, k: int, entries: int, smem: int) -> list[Tile]:
         tile = Tile(tile_m, row_groups, k_groups, blocks, 0, cluster)
         clustered = cluster == 1 or (tile_m > 64 and k_groups == 1)
         if tile_m <= widest[tile.consumers] and (blocks == 2 or tile_m > 64) and clustered:
-            found.append(_most_stages(tile, entries, smem))
-    fit = [tile for tile in found if tile.stages >= 2 * tile.k_groups and tile.smem(entries) <= smem]
+            found.append(_most_stages(tile, weight, entries, smem))
+    fit = [tile for tile in found if tile.stages >= 2 * tile.k_groups and tile.smem(weight, entries) <= smem]
     return [tile for tile in fit if tile.k_groups == 1 or tile.k_groups * tile.blocks * BLOCK < k]
 
 
-def tile_for(m: int, n: int, k: int, entries: int, *, sms: int, smem: int) -> Tile:
+def tile_for(m: int, n: int, k: int, weight: str, entries: int, *, sms: int, smem: int) -> Tile:
     """A first choice: the least time of the busiest program."""
 
     def busiest(tile: Tile) -> tuple[float, int, int]:
@@ -189,4 +210,4 @@ def tile_for(m: int, n: int, k: int, entries: int, *, sms: int, smem: int) -> Ti
         time = -(-tiles // (sms // tile.cluster)) * tile.row_groups * (tile.tile_m + _START)
         return time, -tile.cluster, -tile.tile_m
 
-    return min(candidates(m, k, entries, smem), key=busiest)
+    return min(candidates(m, k, weight, entries, smem), key=busiest)

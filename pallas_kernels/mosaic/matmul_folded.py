@@ -1,20 +1,20 @@
-"""y = residual + activation(x @ w + bias) on Hopper, weights of 4 bits, scales folded into their values, in float16.
+"""y = residual + activation(x @ w + bias) on Hopper, scales folded into the weight's values, in float16.
 
     y[m, n] = sum_k x[m, k] * value(code[n, k]) * scale[n, k // g]
 
-Operands are those of `matmul_packed`. There each group's sum is multiplied by its scale: a multiplication and an
-addition for each element of the result and block of K, beside tensor cores that have to wait for them. Here the
-values are multiplied, 64 of a thread's in a block whatever the rows of x, and sums stay in the tensor cores from the
-first block to the last. In bfloat16 that would round values to 8 bits and cost 1.4 times the error of rounding the
-result; float16's 11 make it 1.01. Its range is not bfloat16's, so powers of two are taken out:
+Operands are those of `matmul_packed`, or codes of 8 bits `[N, K]`, int8 or e4m3. There each group's sum is multiplied
+by its scale: a multiplication and an addition for each element of the result and block of K, beside tensor cores that
+have to wait for them. Here the values are multiplied, 64 of a thread's in a block whatever the rows of x, and sums stay
+in the tensor cores from the first block to the last. In bfloat16 that would round values to 8 bits and cost 1.4 times
+the error of rounding the result; float16's 11 make it 1.01. Its range is another, so powers of two are taken out:
 
     x       of each row: its largest number lies in [2^14, 2^15), before the kernel (`fit_rows`)
     scales  of each row of the weight: the largest in [2^10, 2^11), by the producer, which reads them all first
 
 and put back into the sums. What is 2^28 times smaller than the largest of its row loses bits. int4 about its middle
-code has the largest scale in [2^-10, 2^-9) instead, for a nibble is a subnormal number where it lies
+code, and int8, have the largest scale in [2^-10, 2^-9) instead, for a code is a subnormal number where it lies
 (`pallas_kernels.pairs.scaled_code`): values are rounded to 2^-24 at least, so that a group whose scale is 2^9 times
-smaller than its row's largest is as exact as in bfloat16.
+smaller than its row's largest is as exact as in bfloat16. e4m3's bits are a float16 where they lie, too.
 
 Work: one program a multiprocessor walks over tiles of `rows` of the weight and `tile_m` of x (`walk`). Its warpgroups:
 
@@ -43,21 +43,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.finish import finish
 from pallas_kernels.grouped import why_not
-from pallas_kernels.mosaic import columns, operand
-from pallas_kernels.mosaic.fit_rows import fit_plainly, fit_rows, power
-from pallas_kernels.mosaic.folded_plan import Plan, Tile, candidates, piece_of, tile_for
-from pallas_kernels.mosaic.launch import launch, shared_in, slot_of
+from pallas_kernels.mosaic import byte_operand, columns, operand
+from pallas_kernels.mosaic.fit_rows import fit_plainly, fit_rows
+from pallas_kernels.mosaic.folded_plan import BYTES, HALF, Plan, Tile, candidates, piece_of, tile_for
+from pallas_kernels.mosaic.folded_producer import fill
+from pallas_kernels.mosaic.launch import launch, slot_of
 from pallas_kernels.mosaic.lines import in_lines, tiled, views
 from pallas_kernels.mosaic.operand import BLOCK, OF_ROWS, ROWS, SINGLE, VALUES, WORDS, WORDS_A_BLOCK
 from pallas_kernels.mosaic.plan import entries_of
 from pallas_kernels.mosaic.sums import ready
 from pallas_kernels.mosaic.walk import Roles, barriers, walk
-from pallas_kernels.pairs import MAGIC
 
-RAISED_AT = -10  # of the largest scale where 2^24 times it is what values are made with
-_SCALE_AT = 10  # of the largest scale of a row of the weight: values are at most 15 times that
-_HALF = BLOCK // 2  # columns of a product
-_READ_AT_ONCE = 16  # of a row's scales, by the lane that looks for the largest
 _OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -65,94 +61,18 @@ def unsupported(m: int, k: int, n: int, *, transposed: bool, **facts: Any) -> st
     """Why this kernel cannot do a product, or None."""
     if transposed:
         return "it multiplies by the weight, not by its transpose"
+    if facts["weight"] in BYTES:
+        if k % 16 or facts["group"] < min(k, HALF) or "zero_point" in facts["features"]:
+            return f"of bytes it takes whole 16 of K, groups of {HALF}, not {k} and {facts['group']}; no zero points"
     return why_not(k, n, **facts)
 
 
-def configs(m: int, k: int, n: int, *, group: int, smem: int, symmetric: bool, **_: Any) -> list[dict[str, int]]:
+def configs(
+    m: int, k: int, n: int, *, weight: str, group: int, smem: int, symmetric: bool, **_: Any
+) -> list[dict[str, int]]:
     """Configurations worth measuring."""
-    return [dataclasses.asdict(tile) for tile in candidates(m, k, entries_of(group, not symmetric), smem)]
-
-
-def _largest(plan: Plan, scale: Any, first_w: jax.Array) -> jax.Array:
-    """The largest scale of each row of a tile, float32 `[column_rows]`."""
-    last = scale.shape[1] - 1
-    at_once = min(_READ_AT_ONCE * columns.LANES // plan.tile.column_rows, last + 1)
-
-    def more(i: jax.Array, largest: jax.Array) -> jax.Array:
-        found = []
-        for j in range(at_once):
-            column = jnp.minimum(i * at_once + j, last)
-            found.append(columns.read(scale, first_w, column, plan.tile.column_rows, plan.interpret))
-        return functools.reduce(jnp.maximum, [jnp.abs(columns.value(raw, plan.scale)) for raw in found], largest)
-
-    first = columns.read(scale, first_w, jnp.int32(0), plan.tile.column_rows, plan.interpret)
-    first = jnp.abs(columns.value(first, plan.scale))
-    return jax.lax.fori_loop(0, -(-(last + 1) // at_once), more, first)
-
-
-def _fill(plan: Plan, first: jax.Array, first_x: jax.Array, first_w: jax.Array, refs: Any, s: Any) -> None:
-    """A tile's stages, from number `first` on."""
-    tile, groups = plan.tile, plan.groups
-    x_lines, _ = views(s["x"], plan.interpret)
-    names = ("scale", "zero") if plan.zeros else ("scale",)
-
-    def copy(stage: Any) -> None:
-        slot = slot_of(first + stage, tile.stages)
-        plgpu.barrier_wait(s["empty"].at[slot])
-        if plan.interpret:  # on the chip a barrier orders what lanes have read before what the copy engine writes
-            plgpu.commit_smem()
-        full, width = s["full"].at[slot], tile.blocks * WORDS_A_BLOCK
-        words = refs["w"].at[pl.ds(first_w, tile.rows), pl.ds(stage * width, width)]
-        plgpu.copy_gmem_to_smem(words, s["w"].at[slot], full)
-        for half in range(2 * tile.blocks):
-            columns_of_x = pl.ds((stage * 2 * tile.blocks + half) * _HALF, _HALF)
-            x = refs["x"].at[pl.ds(first_x, tile.tile_m), columns_of_x]
-            plgpu.copy_gmem_to_smem(x, x_lines.at[slot, half], full, collective_axes=shared_in(tile.cluster))
-
-    def entries(stage: Any) -> list[jax.Array]:
-        """Of a stage, as they are in memory."""
-        found = []
-        for name, i in itertools.product(names, range(tile.blocks * groups)):
-            column = (
-                stage * tile.blocks * groups + i
-                if plan.group <= BLOCK
-                else jax.lax.div(stage * tile.blocks + i, jnp.int32(plan.group // BLOCK))
-            )
-            column = jnp.minimum(column, refs[name].shape[1] - 1)
-            found.append(columns.read(refs[name], first_w, column, tile.column_rows, plan.interpret))
-        return found
-
-    # Copies of the first tile's first stages are under way before scales are waited for.
-    at_once = min(tile.stages, plan.rounds)
-
-    @pl.when(first == 0)
-    def begin() -> None:
-        pl.loop(0, at_once)(copy)
-
-    to, back = power(_largest(plan, refs["scale"], first_w), RAISED_AT if plan.raised else _SCALE_AT)
-    to = to * jnp.float32(2.0**operand.RAISED if plan.raised else 1)
-
-    def one(stage: jax.Array, raws: list[jax.Array]) -> None:
-        pl.when((first > 0) | (stage >= at_once))(lambda: copy(stage))
-        slot = slot_of(first + stage, tile.stages)
-        s["power"][slot] = back
-        for i, raw in enumerate(raws):
-            which, index = divmod(i, tile.blocks * groups)
-            value = columns.value(raw, plan.scale)
-            value = -MAGIC["float16"][1] - value if which else value * to
-            s[names[which]][slot, index] = columns.pair(value, "float16", plan.interpret)
-        plgpu.barrier_arrive(s["full"].at[slot])
-
-    def some(i: jax.Array, ahead: list[list[jax.Array]]) -> list[list[jax.Array]]:
-        found = []
-        for j, raws in enumerate(ahead):
-            stage = i * len(ahead) + j
-            pl.when(stage < plan.rounds)(functools.partial(one, stage, raws))
-            found.append(entries(stage + len(ahead)))
-        return found
-
-    ahead = [entries(jnp.int32(j)) for j in range(plan.ahead)]
-    jax.lax.fori_loop(0, -(-plan.rounds // plan.ahead), some, ahead)
+    entries = entries_of(group, weight not in BYTES and not symmetric)
+    return [dataclasses.asdict(tile) for tile in candidates(m, k, weight, entries, smem)]
 
 
 def _place(plan: Plan, warpgroup: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -169,17 +89,27 @@ def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Arr
     names = ("scale", "zero") if plan.zeros else ("scale",)
     rows = pl.ds(of_rows * ROWS, ROWS)
 
-    def read(slot: jax.Array, block: int) -> tuple[jax.Array, ...]:
-        """Of a block of a stage: words, and the pairs of its groups by which they are decoded."""
-        words = s["w"].at[slot, rows, pl.ds(block * WORDS_A_BLOCK, WORDS_A_BLOCK)]
-        found = [plgpu.load(words, layout=WORDS, optimized=False)]
+    def read(slot: jax.Array, block: int) -> list[jax.Array]:
+        """Of a block of a stage: its words, and the pairs of its groups by which they are decoded."""
+        found = []
+        for first in range(block * plan.words, (block + 1) * plan.words, WORDS_A_BLOCK):
+            words = s["w"].at[slot, rows, pl.ds(first, WORDS_A_BLOCK)]
+            found.append(plgpu.load(words, layout=WORDS, optimized=False))
         for name, group in itertools.product(names, range(plan.groups)):
             pairs = s[name].at[slot, block * plan.groups + group, rows]
             found.append(plgpu.load(pairs, layout=OF_ROWS, optimized=False))
-        return tuple(found)
+        return found
+
+    def kept(given: Sequence[jax.Array]) -> list[jax.Array]:
+        """What was read, where it was read."""
+        count = plan.words // WORDS_A_BLOCK
+        return [ready(a, WORDS if i < count else OF_ROWS) for i, a in enumerate(given)]
 
     def values(given: Sequence[jax.Array], half: int) -> jax.Array:
         groups = slice(half * plan.groups // 2, -(-(half + 1) * plan.groups // 2))
+        if plan.weight in BYTES:
+            factors = given[2:][groups]
+            return byte_operand.values(given[half], factors[0], weight=plan.weight, interpret=plan.interpret)
         words, *pairs = given
         return operand.values(
             words,
@@ -190,7 +120,7 @@ def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Arr
             zero=pairs[plan.groups :][groups],
             factors=pairs[: plan.groups][groups],
             interpret=plan.interpret,
-            raised=plan.raised,
+            raised=bool(plan.raised),
         )
 
     def next_to(slot: jax.Array, i: jax.Array) -> jax.Array:
@@ -216,8 +146,7 @@ def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Arr
                 last = block + 1 == tile.blocks
                 after = next_to(slot, i) if last else slot
                 # Read while products are under way; behind the last stage it is another tile's, and nobody's.
-                words, *pairs = read(after, 0 if last else block + 1)
-                given = [ready(words, WORDS), *(ready(pair, OF_ROWS) for pair in pairs)]
+                given = kept(read(after, 0 if last else block + 1))
                 plgpu.wgmma_wait(1)
             return after, slot, *given
 
@@ -299,8 +228,8 @@ def _scratch(plan: Plan, out_dtype: Any) -> dict[str, Any]:
     piece = (tile.row_groups, piece_of(out_dtype.itemsize), ROWS)
     entries = (tile.stages, tile.blocks * plan.groups, tile.column_rows)
     found = dict(
-        x=in_lines((tile.stages, 2 * tile.blocks, tile.tile_m, _HALF), jnp.float16, plan.interpret),
-        w=smem((tile.stages, tile.rows, tile.blocks * WORDS_A_BLOCK), jnp.uint32),
+        x=in_lines((tile.stages, 2 * tile.blocks, tile.tile_m, HALF), jnp.float16, plan.interpret),
+        w=smem((tile.stages, tile.rows, tile.blocks * plan.words), jnp.uint32),
         out=in_lines(piece, out_dtype, plan.interpret)
         if out_dtype.itemsize == 2
         else smem(piece, out_dtype, transforms=tiled(out_dtype)),
@@ -348,17 +277,22 @@ def matmul(
     Returns:
       `[M, N]` in `out_dtype`, default x's.
     """
-    (m, k), (n, blocks) = x.shape, packed.shape[:2]
+    (m, k), n = x.shape, packed.shape[0]
+    blocks = -(-k // BLOCK)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     entries = entries_of(group, zero_point is not None)
-    tile = Tile(**config) if config else tile_for(m, n, k, entries, sms=sms, smem=smem)
+    tile = Tile(**config) if config else tile_for(m, n, k, weight, entries, sms=sms, smem=smem)
     whole = all(v is None for v in (global_scale, activation, residual))
     stored = jnp.dtype(out_dtype if whole else jnp.float32)
     group = blocks * BLOCK if scale.shape[1] == 1 else group
+    if weight in BYTES:
+        packed = jax.lax.bitcast_convert_type(packed.reshape(n, -1, 4), jnp.uint32)
     operands = dict(w=packed.reshape(n, -1), scale=columns.as_loaded(scale))
     operands["x"] = jnp.pad(x, ((0, 0), (0, -k % 8)))  # rows of whole 16 bytes
     if x.dtype != jnp.float16:
         operands["x"], operands["x_scale"] = (fit_plainly if interpret else fit_rows)(operands["x"])
+    if weight in BYTES:
+        operands["x"] = byte_operand.in_order(operands["x"])
     if zero_point is not None:
         operands["zero"] = zero_point
     if whole and bias is not None:
@@ -375,7 +309,7 @@ def matmul(
     # Rows of the copy engine's arrays are whole 16 bytes. One of 64 in float32 is two of 128 bytes: whole tiles.
     unit_m, unit_n = (1, 8) if stored.itemsize == 2 else (8, 32)
     of_tile = dict(x_scale=(0, tile.wide), bias=(1, tile.column_rows))
-    roles = Roles(_fill, {name: of_tile[name] for name in of_tile if name in operands}, _sums, _store)
+    roles = Roles(fill, {name: of_tile[name] for name in of_tile if name in operands}, _sums, _store)
     y = launch(
         functools.partial(walk, plan, roles, tuple(operands)),
         jax.ShapeDtypeStruct((m + -m % unit_m, n + -n % unit_n), stored),

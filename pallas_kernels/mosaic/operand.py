@@ -24,13 +24,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import vector
 
-from pallas_kernels.pairs import MAGIC, TABLES, pair, scaled, scaled_code
+from pallas_kernels.pairs import MAGIC, RAISED, TABLES, pair, scaled, scaled_code
 
 BLOCK = 128
 ROWS = 64  # of a warpgroup: sixteen a warp
 WORDS_A_BLOCK = 16
 MIDDLE = 8
-RAISED = 24  # float16's least number is 2^-24
 
 VALUES = plgpu.Layout.WGMMA
 OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -103,7 +102,7 @@ def _in_plain(
         )
 
     if raised:
-        return ((codes - MIDDLE) * of_columns(factors).astype(jnp.float32) * 2.0**-RAISED).astype(dtype)
+        return ((codes - MIDDLE) * of_columns(factors).astype(jnp.float32) * 2.0 ** -RAISED["int4"]).astype(dtype)
     if weight in TABLES:
         found = jnp.zeros(codes.shape, dtype)
         for i, entry in enumerate(TABLES[weight]):

@@ -133,6 +133,7 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.41, 0.6, 1.3e-5, _H200 + "89 us (int4 g128) at M=256", m_max=256),
         Efficiency(0.41, 0.62, 3e-6, _H200 + "604 us (int4 g128) at M=2048, 437 at 8192 x 8192"),
     ),
+    ("mosaic.matmul_folded", "gpu", False): (Efficiency(0.2, 0.2, 1e-5, "not measured yet"),),
     ("mosaic.matmul_folded", "gpu", True): (
         Efficiency(0.2, 0.3, 8e-6, "not measured yet", weights=(*_TABLES, "higgs4")),
         Efficiency(0.36, 0.4, 6e-6, _H200 + "28 us (int4 g128) at M=64", m_max=64),

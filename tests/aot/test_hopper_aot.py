@@ -81,6 +81,9 @@ OF_FOLDED = [
     ("w4a16:group_size=32", 257, 1001, 77, folded_plan.Tile(192, 2, 1, 1, 3), {"x_dtype": "float16"}),
     ("nvfp4", 257, 4304, 328, folded_plan.Tile(192, 2, 1, 1, 3), {"epilogue": True}),
     ("nf4", 257, 7392, 520, folded_plan.Tile(128, 3, 1, 1, 3), {}),
+    ("w8a16", 2048, 4096, 22016, folded_plan.Tile(256, 2, 1, 1, 2, 2), {}),
+    ("fp8", 64, 4096, 22016, folded_plan.Tile(64, 3, 1, 1, 5), {}),
+    ("w8a16:group_size=64", 128, 4096, 4096, folded_plan.Tile(64, 2, 2, 1, 4), {"x_dtype": "float16"}),
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 from lane_places import places
 
 import qjax
-from pallas_kernels.mosaic import folded_plan, matmul_folded, matmul_many, matmul_packed, operand
+from pallas_kernels.mosaic import byte_operand, folded_plan, matmul_folded, matmul_many, matmul_packed, operand
 from pallas_kernels.mosaic.fit_rows import AT, fit_plainly
 from pallas_kernels.mosaic.folded_plan import Tile as FoldedTile
 from pallas_kernels.mosaic.many_tiles import STRIP, ManyTile
@@ -46,6 +46,9 @@ CASES = [
     ("fp4", (33, 192, 64), FoldedTile(32, 2, 1, 2, 2), 1.1),
     ("mxfp4", (33, 288, 64), FoldedTile(32, 2, 1, 1, 2), 1.05),
     ("nvfp4", (33, 256, 48), FoldedTile(64, 2, 1, 2, 2), 1.05),
+    ("w8a16", (33, 320, 70), FoldedTile(64, 2, 1, 1, 2), 1.05),
+    ("w8a16:group_size=64", (40, 448, 70), FoldedTile(64, 1, 2, 1, 4), 1.05),
+    ("fp8", (33, 336, 70), FoldedTile(64, 2, 1, 2, 2), 1.05),
 ]
 KERNELS = {Tile: matmul_packed, ManyTile: matmul_many, FoldedTile: matmul_folded}
 
@@ -119,8 +122,8 @@ def test_rows_of_x_are_fitted_to_float16_without_a_loss() -> None:
 def test_values_of_raised_scales_are_exact_but_for_rounding(down: int, allowed: float) -> None:
     words = jax.random.bits(jax.random.key(0), (64, 16), jnp.uint32)
     scale = jax.random.uniform(jax.random.key(1), (64,), minval=1, maxval=2).astype(jnp.bfloat16).astype(jnp.float32)
-    scale = scale * 2.0 ** (matmul_folded.RAISED_AT - down)  # of a group, `down` powers of two below its row's largest
-    raised = jax.lax.bitcast_convert_type((scale * 2.0**operand.RAISED).astype(jnp.float16), jnp.uint16)
+    scale = scale * 2.0 ** (-10 - down)  # of a group, `down` powers of two below its row's largest
+    raised = jax.lax.bitcast_convert_type((scale * 2.0**24).astype(jnp.float16), jnp.uint16)
     pairs = raised.astype(jnp.uint32) * jnp.uint32(0x10001)
     options = dict(weight="int4", dtype="float16", piece=0, pieces=1, zero=[], interpret=True)
     values = operand.values(words, factors=[pairs], raised=True, **options)
@@ -159,6 +162,17 @@ def test_every_lane_holds_the_codes_of_the_values_that_wgmma_takes_from_it(piece
         np.testing.assert_array_equal(8 * piece.start + column, k)
 
 
+def test_every_lane_holds_the_bytes_of_the_values_that_wgmma_takes_from_it() -> None:
+    words, values = places(operand.WORDS, (64, 16)), places(operand.VALUES, (64, 64))
+    order = np.asarray(byte_operand.in_order(jnp.arange(64, dtype=jnp.float32)[None])[0], int)
+    for register in range(values.shape[2]):  # a word's first pair and its second, of rows r and r + 8
+        (word, second), half = divmod(register // 2, 2), register % 2
+        row, place = np.divmod(words[:, :, half, word], 16)
+        wanted_row, column = np.divmod(values[:, :, register], 64)
+        np.testing.assert_array_equal(wanted_row, np.broadcast_to(row[..., None], wanted_row.shape))
+        np.testing.assert_array_equal(order[column], 4 * place[..., None] + 2 * second + np.arange(2))
+
+
 def test_what_the_kernel_cannot_do_is_said() -> None:
     facts = dict(weight="int4", group=48, block_n=1, x_dtype="bfloat16", x_format=None, scale_dtype="float16")
     assert "groups of 48" in matmul_packed.unsupported(1, 96, 8, **facts, transposed=False)
@@ -188,14 +202,14 @@ def test_configurations_of_many_rows_fit_the_chip(m: int, weight: str, group: in
 
 
 @pytest.mark.parametrize("m", [33, 65, 256, 2048])
-@pytest.mark.parametrize("entries", [1, 2, 8])
-def test_configurations_of_folded_scales_fit_the_chip(m: int, entries: int) -> None:
-    found = folded_plan.candidates(m, 4096, entries, 227 * 1024)
-    assert folded_plan.tile_for(m, 22016, 4096, entries, sms=132, smem=227 * 1024) in found
+@pytest.mark.parametrize(("weight", "entries"), [("int4", 1), ("int4", 2), ("e2m1", 8), ("int8", 1)])
+def test_configurations_of_folded_scales_fit_the_chip(m: int, weight: str, entries: int) -> None:
+    found = folded_plan.candidates(m, 4096, weight, entries, 227 * 1024)
+    assert folded_plan.tile_for(m, 22016, 4096, weight, entries, sms=132, smem=227 * 1024) in found
     for tile in found:
         producer, consumer = tile.registers(entries)
         assert tile.stages % tile.k_groups == 0 and tile.stages >= 2 * tile.k_groups
-        assert tile.smem(entries) <= 227 * 1024
+        assert tile.smem(weight, entries) <= 227 * 1024
         assert 128 * (producer + tile.consumers * consumer) <= 65536
         assert consumer - tile.tile_m // 2 >= 60  # two pieces of values, words, places
 
