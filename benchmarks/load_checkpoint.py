@@ -157,7 +157,9 @@ def measure(form: str, count: int, repeat: int) -> dict[str, Any]:
         first = load_seconds(file)
         reading, keeping, loading = best(read_seconds), best(keep_seconds), best(load_seconds)
         work = best(processor(load_seconds))
-        cold_reading, cold_loading = best(from_disk(read_seconds)), best(from_disk(load_seconds))
+        cold_reading, cold_keeping, cold_loading = (
+            best(from_disk(f)) for f in (read_seconds, keep_seconds, load_seconds)
+        )
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "format": form,
@@ -171,8 +173,10 @@ def measure(form: str, count: int, repeat: int) -> dict[str, Any]:
         "load_to_keep": keeping / loading,
         "load_gb_per_processor_s": size / work / 1e9,
         "disk_read_gb_s": size / cold_reading / 1e9,
+        "disk_keep_gb_s": size / cold_keeping / 1e9,
         "disk_load_gb_s": size / cold_loading / 1e9,
         "disk_load_to_read": cold_reading / cold_loading,
+        "disk_load_to_keep": cold_keeping / cold_loading,
         "peak_device_bytes": memory.get("peak_bytes_in_use"),
     }
 

@@ -81,7 +81,8 @@ class Tile:
             + 1024
         )
 
-    def registers(self, entries: int) -> tuple[int, int]:
+    @property
+    def registers(self) -> tuple[int, int]:
         """Of a thread of the producer and of a consumer."""
         at_start = 65536 // (LANES * (self.consumers + 1)) // 8 * 8
         producer = min(at_start, 72 if self.consumers == 2 else 64)
@@ -160,7 +161,7 @@ class Plan:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread of the producer and of a consumer."""
-        return self.tile.registers(self.groups * (1 + self.zeros))
+        return self.tile.registers
 
     @property
     def walk(self) -> Walk:
@@ -205,7 +206,7 @@ def candidates(m: int, k: int, weight: str, entries: int, smem: int) -> list[Til
 def tile_for(m: int, n: int, k: int, weight: str, entries: int, *, sms: int, smem: int) -> Tile:
     """A first choice: the least time of the busiest program."""
 
-    def busiest(tile: Tile) -> tuple[float, int, int]:
+    def busiest(tile: Tile) -> tuple[int, int, int]:
         tiles = -(-m // tile.tile_m) * -(-n // (tile.rows * tile.cluster))
         time = -(-tiles // (sms // tile.cluster)) * tile.row_groups * (tile.tile_m + _START)
         return time, -tile.cluster, -tile.tile_m

@@ -96,7 +96,7 @@ def test_a_configuration_with_folded_scales_compiles_with_the_registers_that_it_
     assert not report.error, report.error
     (kernel,) = (k for k in report.kernels if "hopper_folded" in k.name)
     assert (kernel.spills, kernel.stack, kernel.serialized) == (0, 0, False)
-    producer, consumer = tile.registers(1)
+    producer, consumer = tile.registers
     assert producer + tile.consumers * consumer <= (tile.consumers + 1) * kernel.registers
 
 

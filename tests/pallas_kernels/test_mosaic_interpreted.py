@@ -207,7 +207,7 @@ def test_configurations_of_folded_scales_fit_the_chip(m: int, weight: str, entri
     found = folded_plan.candidates(m, 4096, weight, entries, 227 * 1024)
     assert folded_plan.tile_for(m, 22016, 4096, weight, entries, sms=132, smem=227 * 1024) in found
     for tile in found:
-        producer, consumer = tile.registers(entries)
+        producer, consumer = tile.registers
         assert tile.stages % tile.k_groups == 0 and tile.stages >= 2 * tile.k_groups
         assert tile.smem(weight, entries) <= 227 * 1024
         assert 128 * (producer + tile.consumers * consumer) <= 65536
