@@ -62,14 +62,15 @@ def unsupported(m: int, k: int, n: int, *, transposed: bool, **facts: Any) -> st
     return why_not(k, n, **facts)
 
 
-def _tallest(group: int, cc: int, sums: bool = False, shifts_values: bool = False) -> int:
+def _tallest(bits: int, group: int, cc: int, sums: bool = False, shifts_values: bool = False) -> int:
     """Rows of x that a program can have. Blackwell keeps sums of a block's groups in a memory of 512 columns; before
-    Hopper's tensor cores registers are too few for sums of x besides, on Hopper for zero points of groups of 16."""
+    Hopper's tensor cores registers are too few for sums of x besides, on Hopper for zero points of groups of 16 and
+    for groups of 16 and 32 whose codes are not of four bits."""
     if cc >= 100:
         return 256 // max(1, BLOCK // group)
     if cc < 90:
         return 32 if sums else 256
-    return 64 if shifts_values and group == 16 else 256
+    return 64 if group == 16 and shifts_values or group < 64 and bits != 4 else 256
 
 
 def configs(
@@ -87,7 +88,7 @@ def configs(
                 slivers = split_k > 1 and (blocks // split_k < 2 or programs > 16 * sms)
                 # sums of 128 registers a thread; 64 where x takes registers too
                 most = (128 if cc == 90 else 64) * 32 * warps
-                if slivers or tile_m > _tallest(group, cc) or tile_m * tile_n > most:
+                if slivers or tile_m > _tallest(bits, group, cc) or tile_m * tile_n > most:
                     continue
                 tiles = [Tile(tile_m, tile_n, split_k, warps, stages) for stages in (2, 3, 4)]
                 found += [dataclasses.asdict(tile) for tile in tiles if smem_of(tile, bits) <= smem]
@@ -289,7 +290,7 @@ def matmul(
         None if zero_point is None else zero_point.dtype.name, scale.shape[0] == 1 < n, scale.shape[1] == 1,
         Tile(0, 0, 0, 0, 0), interpret,
     )  # fmt: skip
-    tallest = _tallest(group, cc, plan.sums, plan.shifts_values)
+    tallest = _tallest(plan.bits, group, cc, plan.sums, plan.shifts_values)
     tile = Tile(**config) if config else packed_tile(m, n, blocks, plan.bits, tallest, sms, smem, cc)
     plan = dataclasses.replace(plan, tile=tile)
     whole = tile.split_k == 1 and all(v is None for v in (global_scale, bias, activation, residual))
