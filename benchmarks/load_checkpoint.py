@@ -1,10 +1,10 @@
 """How fast does a checkpoint load, against reading its bytes?
 
 Makes a Llama of the shape of a 7B model with random codes in a folder of its own (3.6 GB of 4 bits at 32 layers), reads
-its file to the end and loads it, each several times and the best counted: with the file in the page cache, and from the
-disk (on Linux, which drops it on request). A file is read twice: into one small buffer over and over, and into memory
-of its own, which is what a model needs too and which the system has to clear first. Prints a JSON object a format;
-`--output` keeps them in a file beside those of other revisions.
+its file to the end and loads it, in turns, several times: with the file in the page cache, and from the disk (on Linux,
+which drops it on request). A file is read twice: into one small buffer over and over, and into memory of its own, which
+is what a model needs too and which the system has to clear first. Prints a JSON object a format; `--output` keeps them
+in a file beside those of other revisions.
 
     python -m benchmarks.load_checkpoint --formats gptq,awq --layers 32
     python -m benchmarks.load_checkpoint --layers 4 --commit REVISION --output benchmarks/results/load-cpu.json
@@ -17,7 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -95,6 +96,13 @@ def write(folder: Path, form: str, count: int) -> None:
     write_folder(folder, tensors=tensors, config=config, shard_bytes=2**62)
 
 
+class Seconds(NamedTuple):
+    """What one way took."""
+
+    best: float
+    median: float
+
+
 def read_seconds(file: Path) -> float:
     """To read a file into one buffer that is there already."""
     buffer = np.zeros(1 << 26, np.uint8)
@@ -151,34 +159,34 @@ def measure(form: str, count: int, repeat: int) -> dict[str, Any]:
             os.fsync(stream.fileno())  # else the system would not drop it
         size = file.stat().st_size
 
-        def best(each: Callable[[Path], float]) -> float:
-            return min(each(file) for _ in range(repeat))
+        def each_in_turn(*measures: Callable[[Path], float]) -> list[Seconds]:
+            rounds = [[measure(file) for measure in measures] for _ in range(repeat)]
+            return [Seconds(min(seconds), median(seconds)) for seconds in zip(*rounds, strict=True)]
 
         first = load_seconds(file)
-        reading, keeping, loading = best(read_seconds), best(keep_seconds), best(load_seconds)
-        work = best(processor(load_seconds))
-        cold_reading, cold_keeping, cold_loading = (
-            best(from_disk(f)) for f in (read_seconds, keep_seconds, load_seconds)
-        )
+        work = min(processor(load_seconds)(file) for _ in range(repeat))
+        cached = each_in_turn(read_seconds, keep_seconds, load_seconds)
+        cold = each_in_turn(*map(from_disk, (read_seconds, keep_seconds, load_seconds)))
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "format": form,
         "layers": count,
         "file_bytes": size,
         "first_load_gb_s": size / first / 1e9,
-        "read_gb_s": size / reading / 1e9,
-        "keep_gb_s": size / keeping / 1e9,
-        "load_gb_s": size / loading / 1e9,
-        "load_to_read": reading / loading,
-        "load_to_keep": keeping / loading,
         "load_gb_per_processor_s": size / work / 1e9,
-        "disk_read_gb_s": size / cold_reading / 1e9,
-        "disk_keep_gb_s": size / cold_keeping / 1e9,
-        "disk_load_gb_s": size / cold_loading / 1e9,
-        "disk_load_to_read": cold_reading / cold_loading,
-        "disk_load_to_keep": cold_keeping / cold_loading,
+        **_speeds("", size, *cached),
+        **_speeds("disk_", size, *cold),
         "peak_device_bytes": memory.get("peak_bytes_in_use"),
     }
+
+
+def _speeds(where: str, size: int, read: Seconds, keep: Seconds, load: Seconds) -> dict[str, float]:
+    """GB/s at best, loading's share of the readings at best, and of the readings between which it was."""
+    found = {f"{where}{name}_gb_s": size / s.best / 1e9 for name, s in (("read", read), ("keep", keep), ("load", load))}
+    for name, reading in (("read", read), ("keep", keep)):
+        found[f"{where}load_to_{name}"] = reading.best / load.best
+        found[f"{where}load_to_{name}_median"] = reading.median / load.median
+    return found
 
 
 def main() -> None:
