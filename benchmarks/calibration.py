@@ -20,7 +20,7 @@ from qjax.cli.opening import kernel_bytes
 from qjax.dispatch.tuning import file_name
 from qjax.models import load_tokenizer, perplexity
 
-INT4, BEST = "w4a16:symmetric=false", "clip=true,passes=4,outputs=float"
+INT4, BEST = "w4a16:symmetric=false", "passes=4,outputs=float"
 
 # Scheme, recipe, and the reference's name for it, where it has one.
 ROWS: tuple[tuple[str, str, str | None], ...] = (
@@ -32,13 +32,15 @@ ROWS: tuple[tuple[str, str, str | None], ...] = (
     ("w8a8_int8", "smoothquant", "smoothquant 0.5 w8a8 int8 channel/token"),
     (INT4, "mse", None),
     (INT4, "hqq", None),
-    (INT4, "gptq", "gptq int4 g128 asym act-order"),
-    ("w4a16", "gptq", "gptq int4 g128 sym act-order"),
-    ("w3a16", "gptq", "gptq int3 g128 asym act-order"),
+    *(
+        (scheme, recipe, f"gptq {name} act-order")
+        for scheme, name in ((INT4, "int4 g128 asym"), ("w4a16", "int4 g128 sym"), ("w3a16", "int3 g128 asym"))
+        for recipe in ("gptq", "gptq:clip=false")
+    ),
     ("w3a16", f"gptq:{BEST}", None),
     (INT4, "awq:rounding=gptq", None),
     (INT4, "gptq:order=static", "gptq int4 g128 asym act-order, static groups"),
-    ("w4a16", "gptq:order=static", None),
+    ("w4a16", "gptq:order=static", "gptq int4 g128 sym act-order, static groups"),
     ("w4a16", f"gptq:order=static,{BEST}", None),
 )
 

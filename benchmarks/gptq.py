@@ -22,7 +22,7 @@ from qjax.calibration.layer import Layer, quantize_layer
 from qjax.calibration.moments import Statistics, add, measure
 from qjax.dispatch.tuning import file_name
 
-RECIPES = ("gptq", "gptq:order=static", "gptq:order=static,clip=true,passes=4")
+RECIPES = ("gptq:clip=false", "gptq:order=static,clip=false", "gptq", "gptq:order=static,passes=4")
 SCHEME = "w4a16"
 BATCH = 16  # windows
 

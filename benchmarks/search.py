@@ -21,7 +21,7 @@ from qjax.dispatch.tuning import file_name
 from qjax.models import load_tokenizer, perplexity
 
 BUDGETS = (3.25, 4.25, 6.0)
-GPTQ = "gptq:order=static,clip=true,passes=4"  # what layers are tried with; then with outputs=float too
+GPTQ = "gptq:order=static,passes=4"  # what layers are tried with; then with outputs=float too
 
 # Uniform schemes of at most as many bits, the best of each kind.
 UNIFORM = (

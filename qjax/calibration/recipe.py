@@ -2,7 +2,7 @@
 
 `W` is a matrix `[N, K]`, `X` `[T, K]` what enters its layer behind those that are quantized already, `H = X'X / T`; `Q`
 rounds to the grid of the scheme. On the command line a recipe is its constructor's key in `RECIPES` with its options:
-`gptq:order=static,clip=true`.
+`gptq:order=static,passes=4`.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def MSE() -> Recipe:
 
 def GPTQ(
     order: Order = "act",
-    clip: bool = False,
+    clip: bool = True,
     damping: float = 0.01,
     passes: int = 0,
     outputs: Outputs = "own",
@@ -112,7 +112,7 @@ def GPTQ(
     Args:
       order: "act": columns by falling `H_jj`, groups of that order, and the QTensor has an `input_perm`; "static": the
         same columns, groups as they lie; "natural".
-      clip: each group's scale is the best of shorter ranges too, errors weighted by `1 / U_jj^2`.
+      clip: each group's scale is the best of shorter ranges too, errors weighted by `1 / U_jj^2`; the paper has none.
       damping: d as a share of the mean of H's diagonal; raised tenfold, and reported, where H stays singular.
       passes: of coordinate descent over scales, zero points and codes afterwards (Behdin et al., QuantEase, 2023; Zhang
         et al., COMQ, 2024).
@@ -120,7 +120,7 @@ def GPTQ(
         `argmin_V |X V' - Y W'|^2 + d |V - W|^2`, Y what enters there (Li et al., GPTAQ, 2025); twice the work.
     """
     _one_of("gptq", "order", order, get_args(Order))
-    _one_of("gptq", "clip", clip, (False, True))
+    _one_of("gptq", "clip", clip, (True, False))
     _one_of("gptq", "outputs", outputs, get_args(Outputs))
     _number("gptq", "damping", damping, 0, 1)
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 0:
@@ -190,7 +190,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 
 
 def parse_recipe(text: str) -> Recipe:
-    """The recipe that a command line names: `gptq:order=static,clip=true`.
+    """The recipe that a command line names: `gptq:order=static,passes=4`.
 
     Raises:
       CalibrationError: an unknown name or option, naming the known ones.

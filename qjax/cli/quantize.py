@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--recipe",
-        help=f"how, if not to nearest: {', '.join(RECIPES)}; options follow a colon, as in gptq:clip=true,passes=4",
+        help=f"how, if not to nearest: {', '.join(RECIPES)}; options follow a colon, as in gptq:order=static,passes=4",
     )
     parser.add_argument("--calibrate", metavar="FILE", help="UTF-8 text that --recipe looks at layers' inputs on")
     parser.add_argument(

@@ -58,7 +58,7 @@ def test_each_layer_is_calibrated_behind_the_quantized_ones(mlp):
 
 @pytest.mark.parametrize(
     "recipe",
-    [GPTQ(), GPTQ(order="static", clip=True, passes=2, outputs="float"), AWQ(), AWQ(rounding="gptq")],
+    [GPTQ(), GPTQ(order="static", clip=False, passes=2, outputs="float"), AWQ(), AWQ(rounding="gptq")],
     ids=str,
 )
 def test_outputs_are_nearer_to_the_float_model_than_by_rounding_to_nearest(mlp, recipe):
@@ -277,7 +277,7 @@ def test_a_nan_is_an_error_that_names_layer_and_batch_and_changes_nothing(mlp):
         (None, "hqq", "w4a16:group_size=16", "add symmetric=false"),
         ([jnp.ones((4, 16))], "gtpq", SCHEME, "unknown recipe 'gtpq'; known: nearest, mse, gptq"),
         ([jnp.ones((4, 16))], "gptq:order=rising", SCHEME, "order='rising'; allowed: act, static, natural"),
-        ([jnp.ones((4, 16))], "gptq:clip=1", SCHEME, "clip=1; allowed: False, True"),
+        ([jnp.ones((4, 16))], "gptq:clip=1", SCHEME, "clip=1; allowed: True, False"),
         ([jnp.ones((4, 16))], "gptq:damping=2", SCHEME, "damping=2; allowed: a number from 0 to 1"),
         ([jnp.ones((4, 16))], "gptq:passes=-1", SCHEME, "passes=-1"),
         ([jnp.ones((4, 16))], GPTQ, SCHEME, "call it"),
@@ -298,7 +298,7 @@ def test_the_devices_hold_no_less_than_nothing(mlp):
 def test_a_recipe_is_its_string():
     for recipe in (GPTQ(order="static", passes=3, damping=0.05), AWQ(unfolded="skip"), SmoothQuant(0.75), HQQ(), MSE()):
         assert qjax.calibration.parse_recipe(str(recipe)) == recipe
-    assert str(GPTQ(clip=True, outputs="float")) == "gptq:clip=true,outputs=float"
+    assert str(GPTQ(clip=False, outputs="float")) == "gptq:clip=false,outputs=float"
 
 
 def test_a_params_tree_has_to_come_with_a_linen_model(mlp):
