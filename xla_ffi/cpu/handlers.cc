@@ -36,7 +36,7 @@ namespace ffi = xla::ffi;
 namespace qjax::cpu {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 128;              // of x: what is prepared, and kept beside a panel of the weight
+constexpr int64_t kRowsAtOnce = 256;              // of x: what is prepared, and kept beside a panel of the weight
 constexpr int64_t kWorkOfATask = 1 << 18;         // multiplications, below which another thread is not worth waking
 constexpr int64_t kTasksOfAThread = 4;            // for the last of which the others wait
 constexpr int64_t kTasksOfAThreadForOneRow = 16;  // or for two, with which a task has less to prepare
@@ -225,7 +225,7 @@ void Run(const Product& p, const Instructions& set, ffi::ThreadPool& pool) {
     const int64_t for_rows = rows.m <= 2 ? kTasksOfAThreadForOneRow : kTasksOfAThread;
     const int64_t of_a_thread = p.transposed ? kColumnTasksOfAThread : for_rows;
     const int64_t threads = pool.num_threads(), tasks = threads > 1 ? std::min(worth, threads * of_a_thread) : 1;
-    const int64_t unit = p.transposed ? kBlock : 16, units = (p.width() + unit - 1) / unit;
+    const int64_t unit = p.transposed ? kBlock : 32, units = (p.width() + unit - 1) / unit;
     const int64_t step = (units + tasks - 1) / tasks * unit;
     ParallelFor(pool, (p.width() + step - 1) / step, [&](int64_t i) {
       set.multiply(p, m0, rows, i * step, std::min(p.width(), (i + 1) * step));

@@ -8,13 +8,13 @@
 // decoding needs no shuffles. A group of 32 k is then a lane of every four, of 16 k one of (s, j). Codes of a byte keep
 // their order: step p is k = 16p + lane. Narrower vectors take the sixteen lanes in parts.
 //
-// Few rows of x: codes go from registers into the sums (kernels_few.h). More rows: a panel of 16 rows of the weight by
-// 512 k is dequantized into the cache and multiplied by all rows of x in tiles of registers. Every element of y is one
+// Few rows of x: codes go from registers into the sums (kernels_few.h). More rows: a panel of 32 rows of the weight by
+// 128 k is dequantized into the cache and multiplied by all rows of x in tiles of registers. Every element of y is one
 // chain of additions whose order depends on K and M alone.
 
 constexpr int kTileM = 4;
-constexpr int kPanelRows = 16;
-constexpr int kPanelBlocks = 4;
+constexpr int kPanelRows = 32;  // with one block of x's tile in half of the first level of the cache
+constexpr int kAhead = 4;       // blocks: how far codes of a row are asked for before they are decoded
 
 // ---- decoders: the value of 16 codes at a step, before zero point and scale ------------------------------------------
 
@@ -175,11 +175,11 @@ static void DecodeBlock(const D& d, const uint8_t* block, const float* scale, co
   }
 }
 
-// Up to 16 rows of the weight in float32, 512 k at a time.
+// Up to 32 rows of the weight in float32, a block of k at a time.
 template <class D, Scales kScales>
 class Panel {
  public:
-  static constexpr int64_t kStride = kPanelBlocks * kBlock + kPadding;
+  static constexpr int64_t kStride = kBlock + kPadding;
 
   explicit Panel(const Product& p) : p_(p), values_(New<float>(kPanelRows * kStride)) {
     for (int i = 0; i < kPanelRows; ++i) scales_.emplace_back(p);
@@ -194,19 +194,17 @@ class Panel {
     }
   }
 
-  // Dequantizes blocks [b0, b0 + blocks) of them, at most 4. The codes behind are asked for meanwhile: rows lie far apart,
-  // and where the next part of each is, a processor does not foresee.
-  void Decode(int64_t b0, int64_t blocks) {
+  // Dequantizes block b of them. The codes behind are asked for meanwhile: rows lie far apart, and where the next part of
+  // each is, a processor does not foresee.
+  void Decode(int64_t b) {
     const D d(p_);  // here, so that its tables stay in registers
     uint8_t copy[D::kBytes];
     for (int64_t r = 0; r < count_; ++r) {
       const int64_t n = first_ + r;
-      for (int64_t b = b0; b < b0 + blocks; ++b) {
-        const uint8_t* next = p_.codes + n * p_.row_bytes + (b + kPanelBlocks) * D::kBytes;
-        for (int i = 0; i < D::kBytes; i += 64) __builtin_prefetch(next + i);
-        DecodeBlock<D, kScales>(d, BlockOf<D>(p_, n, b, copy), scales_[r].scale(p_) + b * p_.slots,
-                                scales_[r].offset() + b * p_.slots, row(r) + (b - b0) * kBlock);
-      }
+      const uint8_t* next = p_.codes + n * p_.row_bytes + (b + kAhead) * D::kBytes;
+      for (int i = 0; i < D::kBytes; i += 64) __builtin_prefetch(next + i);
+      DecodeBlock<D, kScales>(d, BlockOf<D>(p_, n, b, copy), scales_[r].scale(p_) + b * p_.slots,
+                              scales_[r].offset() + b * p_.slots, row(r));
     }
   }
 
@@ -219,16 +217,15 @@ class Panel {
   int64_t first_ = 0, count_ = 0;
 };
 
-// sums[m][n] += x[m] . w[n] over `length` of k, each sum a vector of lanes.
+// sums[n] += x[m] . w[n] over a block of k for kM rows of x; every fourth lane of a vector of sums belongs to one row.
 template <int kM>
-static void MultiplyTile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t length,
-                         float* sums, int64_t sums_stride) {
-  F sum[kM][kTileN];
+static void MultiplyTile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, float* sums) {
+  F sum[kTileN][kTileM];
 #pragma GCC unroll 4
-  for (int m = 0; m < kM; ++m)
+  for (int n = 0; n < kTileN; ++n)
 #pragma GCC unroll 4
-    for (int n = 0; n < kTileN; ++n) sum[m][n] = Load(sums + m * sums_stride + n * kLanes);
-  for (int64_t k = 0; k < length; k += kLanes) {
+    for (int m = 0; m < kTileM; ++m) sum[n][m] = Zero();
+  for (int64_t k = 0; k < kBlock; k += kLanes) {
     F row[kM];
 #pragma GCC unroll 4
     for (int m = 0; m < kM; ++m) row[m] = Load(x + m * x_stride + k);
@@ -236,46 +233,51 @@ static void MultiplyTile(const float* x, int64_t x_stride, const float* w, int64
     for (int n = 0; n < kTileN; ++n) {
       const F weight = Load(w + n * w_stride + k);
 #pragma GCC unroll 4
-      for (int m = 0; m < kM; ++m) sum[m][n] = Fma(row[m], weight, sum[m][n]);
+      for (int m = 0; m < kM; ++m) sum[n][m] = Fma(row[m], weight, sum[n][m]);
     }
   }
 #pragma GCC unroll 4
-  for (int m = 0; m < kM; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < kTileN; ++n) Store(sums + m * sums_stride + n * kLanes, sum[m][n]);
+  for (int n = 0; n < kTileN; ++n) {
+    float* to = sums + n * kLanes;
+    Store(to, Add(Load(to), AddAcross(sum[n][0], sum[n][1], sum[n][2], sum[n][3])));
+  }
 }
 
 template <class D, Scales kScales>
 static void MultiplyMany(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
   Panel<D, kScales> panel(p);
-  constexpr int64_t kStride = panel.kStride, kSums = kPanelRows * kLanes;
-  const Buffer<float> sums = New<float>(rows.m * kSums);
+  constexpr int64_t kStride = panel.kStride, kSums = kPanelRows * kLanes;  // of kTileM rows of x
+  const int64_t size = (rows.m + kTileM - 1) / kTileM * kSums;
+  const Buffer<float> sums = New<float>(size);
   for (int64_t first = n0; first < n1; first += kPanelRows) {
     const int64_t count = std::min<int64_t>(kPanelRows, n1 - first);
     const int64_t tiled = (count + kTileN - 1) / kTileN * kTileN;
     panel.Take(first, count);
     std::memset(panel.row(count), 0, (tiled - count) * kStride * sizeof(float));
-    std::memset(sums.get(), 0, rows.m * kSums * sizeof(float));
-    for (int64_t b0 = 0; b0 < p.blocks; b0 += kPanelBlocks) {
-      const int64_t blocks = std::min<int64_t>(kPanelBlocks, p.blocks - b0);
-      panel.Decode(b0, blocks);
+    std::memset(sums.get(), 0, size * sizeof(float));
+    for (int64_t b = 0; b < p.blocks; ++b) {
+      panel.Decode(b);
       for (int64_t m = 0; m < rows.m; m += kTileM) {
-        const float* x = rows.values.get() + m * rows.stride + b0 * kBlock;
+        const float* x = rows.values.get() + m * rows.stride + b * kBlock;
         for (int64_t n = 0; n < tiled; n += kTileN) {
           const float* w = panel.row(n);
-          float* to = sums.get() + m * kSums + n * kLanes;
+          float* to = sums.get() + m / kTileM * kSums + n * kLanes;
           switch (rows.m - m) {
-            case 1: MultiplyTile<1>(x, rows.stride, w, kStride, blocks * kBlock, to, kSums); break;
-            case 2: MultiplyTile<2>(x, rows.stride, w, kStride, blocks * kBlock, to, kSums); break;
-            case 3: MultiplyTile<3>(x, rows.stride, w, kStride, blocks * kBlock, to, kSums); break;
-            default: MultiplyTile<kTileM>(x, rows.stride, w, kStride, blocks * kBlock, to, kSums);
+            case 1: MultiplyTile<1>(x, rows.stride, w, kStride, to); break;
+            case 2: MultiplyTile<2>(x, rows.stride, w, kStride, to); break;
+            case 3: MultiplyTile<3>(x, rows.stride, w, kStride, to); break;
+            default: MultiplyTile<kTileM>(x, rows.stride, w, kStride, to);
           }
         }
       }
     }
-    for (int64_t m = 0; m < rows.m; ++m)
-      for (int64_t r = 0; r < count; ++r)
-        p.y[(m0 + m) * p.n + first + r] = Sum(Load(sums.get() + m * kSums + r * kLanes));
+    for (int64_t m = 0; m < rows.m; m += kTileM)
+      for (int64_t r = 0; r < count; ++r) {
+        float found[kTileM];
+        SumFourths(Load(sums.get() + m / kTileM * kSums + r * kLanes), found);
+        float* y = p.y + (m0 + m) * p.n + first + r;
+        for (int64_t i = 0; i < std::min<int64_t>(kTileM, rows.m - m); ++i) y[i * p.n] = found[i];
+      }
   }
 }
 

@@ -2,16 +2,16 @@
 //
 //     y[m, k] = sum_n x[m, n] * w[n, k]
 //
-// As with many rows of x, a panel of 16 rows of the weight by 512 k is dequantized into the cache; then each of its rows,
+// As with many rows of x, a panel of 32 rows of the weight by 128 k is dequantized into the cache; then each of its rows,
 // x[m, n] times, is added to the rows of y, whose k stay in the order in which codes are decoded until they are written.
 // One row of x meets the codes as they are decoded instead. A task owns columns of y and goes through all rows of the
 // weight. Every element of y is a chain of sums whose order depends on N and M alone.
 
-// sums[m][k] += sum over `count` rows r of x[m][r] * w[r][k], for `length` k.
+// sums[m][k] += sum over `count` rows r of x[m][r] * w[r][k], for a block of k.
 template <int kM>
-static void AddRows(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t count, int64_t length,
-                    float* sums, int64_t sums_stride) {
-  for (int64_t k = 0; k < length; k += kTileN * kLanes) {
+static void AddRows(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t count, float* sums,
+                    int64_t sums_stride) {
+  for (int64_t k = 0; k < kBlock; k += kTileN * kLanes) {
     F sum[kM][kTileN];
 #pragma GCC unroll 4
     for (int m = 0; m < kM; ++m)
@@ -47,17 +47,16 @@ static void AddPanels(const Product& p, const Rows& rows, int64_t first_block, i
   for (int64_t first = 0; first < p.n; first += kPanelRows) {
     const int64_t count = std::min<int64_t>(kPanelRows, p.n - first);
     panel.Take(first, count);
-    for (int64_t b0 = first_block; b0 < end_block; b0 += kPanelBlocks) {
-      const int64_t blocks = std::min<int64_t>(kPanelBlocks, end_block - b0);
-      panel.Decode(b0, blocks);
+    for (int64_t b = first_block; b < end_block; ++b) {
+      panel.Decode(b);
       for (int64_t m = 0; m < rows.m; m += kTileM) {
         const float *x = rows.values.get() + m * rows.stride + first, *w = panel.row(0);
-        float* to = sums + m * stride + (b0 - first_block) * kBlock;
+        float* to = sums + m * stride + (b - first_block) * kBlock;
         switch (rows.m - m) {
-          case 1: AddRows<1>(x, rows.stride, w, kStride, count, blocks * kBlock, to, stride); break;
-          case 2: AddRows<2>(x, rows.stride, w, kStride, count, blocks * kBlock, to, stride); break;
-          case 3: AddRows<3>(x, rows.stride, w, kStride, count, blocks * kBlock, to, stride); break;
-          default: AddRows<kTileM>(x, rows.stride, w, kStride, count, blocks * kBlock, to, stride);
+          case 1: AddRows<1>(x, rows.stride, w, kStride, count, to, stride); break;
+          case 2: AddRows<2>(x, rows.stride, w, kStride, count, to, stride); break;
+          case 3: AddRows<3>(x, rows.stride, w, kStride, count, to, stride); break;
+          default: AddRows<kTileM>(x, rows.stride, w, kStride, count, to, stride);
         }
       }
     }
@@ -71,7 +70,7 @@ QJAX_INLINE void AddStep(const D& d, const typename D::Words& words, F x, const 
   sum[kP] = Fma(x, weight, sum[kP]);
 }
 
-// One row of x: the sums of a block stay in registers while codes of sixteen rows are decoded and added.
+// One row of x: the sums of a block stay in registers while codes of 32 rows are decoded and added.
 template <class D, Scales kScales>
 static void AddCodes(const Product& p, const Rows& rows, int64_t first_block, int64_t end_block, float* sums) {
   const D d(p);
@@ -90,7 +89,7 @@ static void AddCodes(const Product& p, const Rows& rows, int64_t first_block, in
         for (int i = 0; i < 8; ++i) sum[i] = Load(to + 16 * i);
         for (int64_t r = 0; r < count; ++r) {
           const uint8_t* block = BlockOf<D>(p, first + r, b, copy);
-          for (int at = 0; at < D::kBytes; at += 64) __builtin_prefetch(block + kPanelBlocks * D::kBytes + at);
+          for (int at = 0; at < D::kBytes; at += 64) __builtin_prefetch(block + kAhead * D::kBytes + at);
           const auto words = d.Read(block, part);
           const float *scale = scales[r].scale(p) + b * p.slots, *offset = scales[r].offset() + b * p.slots;
           const F by = Set1(x[r]);

@@ -23,6 +23,11 @@ QJAX_INLINE F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
 QJAX_INLINE F Div(F a, F b) { return _mm256_div_ps(a, b); }
 QJAX_INLINE F Max(F a, F b) { return _mm256_max_ps(a, b); }
 QJAX_INLINE F Abs(F v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+// Lane 4i + j is the sum of lanes 4i to 4i + 3 of the j-th; and the sums of every fourth lane.
+QJAX_INLINE F AddAcross(F a, F b, F c, F d) { return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d)); }
+QJAX_INLINE void SumFourths(F v, float* out) {
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+}
 // To nearest, half to even, within int8.
 QJAX_INLINE void StoreRounded(int8_t* p, F v) {
   const __m256i words = _mm256_cvtps_epi32(v);

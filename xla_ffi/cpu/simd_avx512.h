@@ -25,6 +25,18 @@ QJAX_INLINE F Div(F a, F b) { return _mm512_div_ps(a, b); }
 QJAX_INLINE F Max(F a, F b) { return _mm512_max_ps(a, b); }
 QJAX_INLINE F Abs(F v) { return _mm512_abs_ps(v); }
 QJAX_INLINE float Sum(F v) { return _mm512_reduce_add_ps(v); }
+// Lane 4i + j is the sum of lanes 4i to 4i + 3 of the j-th; and the sums of every fourth lane.
+QJAX_INLINE F AddAcross(F a, F b, F c, F d) {
+  const F ab = Add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));  // a b a b in each four lanes
+  const F cd = Add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  return Add(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+}
+QJAX_INLINE void SumFourths(F v, float* out) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 // To nearest, half to even, within int8.
 QJAX_INLINE void StoreRounded(int8_t* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));

@@ -29,6 +29,9 @@ QJAX_INLINE void StoreRounded(int8_t* p, F v) {
   for (int i = 0; i < kLanes; ++i) p[i] = int8_t(std::max(-128.0f, std::min(127.0f, std::nearbyint(v[i]))));
 }
 QJAX_INLINE float Sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+// Lane 4i + j is the sum of lanes 4i to 4i + 3 of the j-th; and the sums of every fourth lane.
+QJAX_INLINE F AddAcross(F a, F b, F c, F d) { return F{Sum(a), Sum(b), Sum(c), Sum(d)}; }
+QJAX_INLINE void SumFourths(F v, float* out) { Store(out, v); }
 
 QJAX_INLINE I LoadWords(const uint32_t* p) {
   I v;

@@ -56,10 +56,11 @@ class RowScales {
     ToFloats(p.scale, from, p.groups, s);
     if (p.zero.data != nullptr) {
       ToFloats(p.zero, from, p.groups, o);
-      for (int64_t g = 0; g < p.groups; ++g) o[g] = (p.middle - o[g]) * s[g];
+      const F middle = Set1(p.middle);
+      for (int64_t g = 0; g < p.groups; g += kLanes) Store(o + g, Mul(Sub(middle, Load(o + g)), Load(s + g)));
     }
     if (factor != 1)
-      for (int64_t g = 0; g < p.groups; ++g) s[g] *= factor;
+      for (int64_t g = 0; g < p.groups; g += kLanes) Store(s + g, Mul(Load(s + g), Set1(factor)));
     if (!p.slots_are_groups) Spread(p, s, scale_.get());
   }
 
@@ -73,8 +74,12 @@ class RowScales {
 
   // What zero points add to a product of a row of x, of which `sums` are those over groups.
   float DotOffsets(const Product& p, const float* sums) const {
-    float total = 0;
-    for (int64_t g = 0; g < p.groups; ++g) total += offset_by_group_.get()[g] * sums[g];
+    const float* offsets = offset_by_group_.get();
+    F parts = Zero();
+    int64_t g = 0;
+    for (; g + kLanes <= p.groups; g += kLanes) parts = Fma(Load(offsets + g), Load(sums + g), parts);
+    float total = Sum(parts);
+    for (; g < p.groups; ++g) total += offsets[g] * sums[g];
     return total;
   }
 
