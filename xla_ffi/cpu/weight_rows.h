@@ -91,13 +91,14 @@ class RowScales {
   Buffer<float> by_group_, offset_by_group_, scale_, offset_;
 };
 
-// A block of codes of row n: where it lies, or a copy filled up with zeros where K ends inside of it.
+// A block of codes of row n: where it lies, or a copy filled up with zeros where K ends inside of it, which it does only of
+// bytes. The copy is made without a call: one, taken or not, would have sums leave their registers at every block.
 template <class D>
 QJAX_INLINE const uint8_t* BlockOf(const Product& p, int64_t n, int64_t b, uint8_t* copy) {
   const uint8_t* at = p.codes + n * p.row_bytes + b * D::kBytes;
+  if constexpr (D::kBytes < kBlock) return at;
   const int64_t left = p.row_bytes - b * D::kBytes;
   if (left >= D::kBytes) return at;
-  std::memset(copy, 0, D::kBytes);
-  std::memcpy(copy, at, left);
+  for (int64_t i = 0; i < D::kBytes; ++i) copy[i] = i < left ? at[i] : 0;
   return copy;
 }
