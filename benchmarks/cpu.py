@@ -78,13 +78,13 @@ def copies(make: Callable[[jax.Array], Any]) -> list[Any]:
     return [first, *(make(jax.random.key(i)) for i in range(1, count))]
 
 
-def quantized(text: str, m: int, n: int, k: int) -> Candidate:
+def quantized(text: str, m: int, n: int, k: int, products: int = 0) -> Candidate:
     """A scheme as dispatch runs it."""
     scheme = qjax.parse_scheme(text)
     weights = copies(lambda key: random_weight(key, scheme, n, k))
     inside = jnp.int8 if scheme.activation else jnp.float32
     kernel = choose(problem_of(weights[0], m=m, x_dtype=inside, out_dtype=jnp.float32)).route.name
-    return Candidate(text, kernel, qjax.matmul, weights)
+    return Candidate(text, kernel, qjax.matmul, weights, products)
 
 
 def candidates(m: int, n: int, k: int, schemes: list[str]) -> list[Candidate]:

@@ -3,6 +3,7 @@
 #define QJAX_XLA_FFI_CPU_INSTRUCTIONS_H_
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -15,7 +16,6 @@
 #include <immintrin.h>
 #endif
 
-#include "e8m0.h"
 #include "product.h"
 
 #if defined(__GNUC__) && !defined(__clang__)

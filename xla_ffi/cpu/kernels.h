@@ -45,6 +45,10 @@ struct PackedInt {
     w.top = Xor(Plane<kTop>(words + 4 * kLow, part), flip);
     return w;
   }
+  static QJAX_INLINE void KeepWords(Words& w) {
+    if constexpr (kLow > 0) Keep(w.low);
+    Keep(w.top);
+  }
   template <int kP> QJAX_INLINE F Value(const Words& w) const {
     const I code = ShiftSigned<32 - kTop>(ShiftLeft<32 - kTop - 16 * (kP / 4) - kTop * (kP % 4)>(w.top));
     if constexpr (kLow == 0) return ToFloat(code);
@@ -66,6 +70,7 @@ struct PackedTable {
   QJAX_INLINE Words Read(const uint8_t* block, int part) const {
     return LoadWords(reinterpret_cast<const uint32_t*>(block) + part * kLanes);
   }
+  static QJAX_INLINE void KeepWords(Words& w) { Keep(w); }
   template <int kP> QJAX_INLINE F Value(Words w) const { return Lookup16<kP>(table, w); }
 };
 
@@ -80,6 +85,7 @@ struct Bytes {
   explicit Bytes(const Product&) {}
 
   QJAX_INLINE Words Read(const uint8_t* block, int part) const { return block + part * kLanes; }
+  static QJAX_INLINE void KeepWords(Words&) {}
 };
 
 struct Int8 : Bytes {
@@ -134,7 +140,7 @@ static void Prepare(const Product& p, int64_t m0, Rows& rows, int64_t i) {
       for (int part = 1; part < kParts; ++part) sum = Add(sum, Load(block + at + part * kLanes));
       sums[(k + at) / p.group] += Sum(sum);
     }
-    for (int64_t at = 0; packed && at < kBlock; at += kLanes) Store(out + at, Gather(straight, &kPackedPositions[at]));
+    for (int at = 0; packed && at < kBlock; ++at) out[at] = straight[kPackedPositions[at]];
   }
 }
 

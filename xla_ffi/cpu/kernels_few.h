@@ -1,21 +1,25 @@
 // Few rows of x, for one instruction set: codes go from registers into the sums; a part of kernels.h.
 //
-// One and two rows (`MultiplyRow`): a row of the weight is read from end to end, as fast as memory gives it; a block's
-// sum is scaled once where one scale or four hold for it. Up to eight (`MultiplyPart`): a decoded vector is scaled and
-// meets all rows of x, which lie block by block beside each other; sixteen rows of the weight pass 512 k at a time, so
-// that x stays in the first level of the cache. Zero points cost a product over groups: - zero * scale * (sum of x over
-// the group).
+// One and two rows (`MultiplyRow`): a row of the weight is read from end to end, as fast as memory gives it. Up to eight
+// (`MultiplyPart`): a decoded vector is scaled and meets all rows of x, which lie block by block beside each other;
+// sixteen rows of the weight pass 512 k at a time, so that x stays in the first level of the cache. Zero points cost a
+// product over groups: - zero * scale * (sum of x over the group).
 
 constexpr int kRowsOfWeight = 16;  // that meet a part of x while it is in the cache
 constexpr int kPartBlocks = 4;     // along k
 
+// Whether the sums of a block are scaled instead of each value: for one row, and where values are had for little.
+template <class D, Scales kScales, int kRows>
+constexpr bool kScaledOnce = D::kPacked ? kRows == 1 : kScales != Scales::kSixteens;
+
 template <class D, Scales kScales, int kRows, int kP>
 QJAX_INLINE void MultiplyStep(const D& d, const typename D::Words& words, const float* x, const float* scale,
                               F (&sum)[kRows][2]) {
+  constexpr int kWhich = kScales == Scales::kSixteens ? kP / 2 % 2 : kP % 2;  // which have scales in common
   F value = d.template Value<kP>(words);
-  if constexpr (kScales == Scales::kSixteens) value = Mul(value, ScaleAt<D, kScales, kP>(scale));
+  if constexpr (!kScaledOnce<D, kScales, kRows>) value = Mul(value, ScaleAt<D, kScales, kP>(scale));
 #pragma GCC unroll 4
-  for (int m = 0; m < kRows; ++m) sum[m][kP % 2] = Fma(value, Load(x + m * kBlock + 16 * kP), sum[m][kP % 2]);
+  for (int m = 0; m < kRows; ++m) sum[m][kWhich] = Fma(value, Load(x + m * kBlock + 16 * kP), sum[m][kWhich]);
 }
 
 // y[0 : kRows, n], without what zero points add.
@@ -27,12 +31,14 @@ static void MultiplyRow(const Product& p, const D& d, const float* x, int64_t n,
   for (int m = 0; m < kRows; ++m) total[m][0] = total[m][1] = Zero();
   for (int64_t b = 0; b < p.blocks; ++b, x += kRows * kBlock, scale += p.slots) {
     const uint8_t* block = BlockOf<D>(p, n, b, copy);
+    AskAhead<D>(block);
     F own[kRows][2];
 #pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m) own[m][0] = own[m][1] = Zero();
-    auto& sum = kScales == Scales::kSixteens ? total : own;
+    auto& sum = kScaledOnce<D, kScales, kRows> ? own : total;
     for (int part = 0; part < kParts; ++part) {
-      const auto words = d.Read(block, part);
+      auto words = d.Read(block, part);
+      D::KeepWords(words);
       const float* at = x + part * kLanes;
       MultiplyStep<D, kScales, kRows, 0>(d, words, at, scale, sum);
       MultiplyStep<D, kScales, kRows, 1>(d, words, at, scale, sum);
@@ -43,10 +49,16 @@ static void MultiplyRow(const Product& p, const D& d, const float* x, int64_t n,
       MultiplyStep<D, kScales, kRows, 6>(d, words, at, scale, sum);
       MultiplyStep<D, kScales, kRows, 7>(d, words, at, scale, sum);
     }
-    if constexpr (kScales != Scales::kSixteens)
 #pragma GCC unroll 4
-      for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < kRows; ++m) {
+      if constexpr (!kScaledOnce<D, kScales, kRows>) continue;
+      if constexpr (kScales != Scales::kSixteens) {
         total[m][0] = Fma(Add(own[m][0], own[m][1]), ScaleAt<D, kScales, 0>(scale), total[m][0]);
+      } else {
+        total[m][0] = Fma(own[m][0], ScaleAt<D, kScales, 0>(scale), total[m][0]);
+        total[m][1] = Fma(own[m][1], ScaleAt<D, kScales, 2>(scale), total[m][1]);
+      }
+    }
   }
 #pragma GCC unroll 4
   for (int m = 0; m < kRows; ++m) y[m * p.n + n] = Sum(Add(total[m][0], total[m][1]));

@@ -49,6 +49,7 @@ static void PrepareCodes(const Product& p, int64_t m0, Rows& rows, int64_t i) {
   int8_t* out = rows.codes.get() + i * rows.stride;
   int32_t* corrections = rows.corrections.get() + i * p.blocks * 16;
   const bool packed = IsPacked(p.codes_type);
+  const I offset = SetAll(packed ? 0x08080808u : 0x80808080u);  // of each code
   int32_t whole = 0;
   for (int64_t k = 0; k < p.k; k += kBlock, out += kBlock, corrections += 16) {
     const int64_t count = std::min(kBlock, p.k - k);
@@ -57,11 +58,12 @@ static void PrepareCodes(const Product& p, int64_t m0, Rows& rows, int64_t i) {
     std::memcpy(block, x + k, count);
     std::memset(block + count, 0, kBlock - count);
     for (int q = 0; packed && q < kBlock; ++q) out[q] = straight[kNibblePositions[q]];
-    for (int lane = 0; lane < 16; ++lane) {
-      int32_t sum = 0;
-      for (int q = 4 * lane; q < 4 * lane + 4; ++q) sum += out[q] + out[q + 64];
-      corrections[lane] = (packed ? -8 : -128) * sum;
-      whole += corrections[lane];
+    for (int part = 0; part < kParts; ++part) {
+      const auto* words = reinterpret_cast<const uint32_t*>(out) + part * kLanes;
+      const I more = AddProducts(AddProducts(SetAll(0), offset, LoadWords(words)), offset, LoadWords(words + 16));
+      const I less = AddWords(Xor(more, SetAll(~0u)), SetAll(1));
+      std::memcpy(corrections + part * kLanes, &less, sizeof less);
+      whole += SumWords(less);
     }
   }
   rows.whole_corrections.get()[i] = whole;
@@ -76,8 +78,8 @@ static void PrepareCodes(const Product& p, int64_t m0, Rows& rows, int64_t i) {
 // How a row of the weight is summed: as a whole, or block by block with one scale or one for each 32 of k.
 enum class Sums { kWhole, kBlocks, kLanes };
 
-// y[m : m + kRows, n], without what zero points add.
-template <class D, Sums kSums, int kRows>
+// y[m : m + kRows, n], without what zero points add. kFirst: these rows of x are the first to meet that of the weight.
+template <class D, Sums kSums, int kRows, bool kFirst>
 static void MultiplyCodesOfRow(const Product& p, int64_t m0, const Rows& rows, int64_t m, int64_t n,
                                const float* scale) {
   uint8_t copy[D::kBytes];
@@ -87,6 +89,7 @@ static void MultiplyCodesOfRow(const Product& p, int64_t m0, const Rows& rows, i
   for (int r = 0; r < kRows; ++r) total[r] = Zero(), whole[r] = SetAll(0);
   for (int64_t b = 0; b < p.blocks; ++b) {
     const uint8_t* block = BlockOf<D>(p, n, b, copy);
+    if constexpr (kFirst) AskAhead<D>(block);
     const F by = kSums == Sums::kLanes ? Repeat4(scale + b * p.slots) : Set1(kSums == Sums::kBlocks ? scale[b] : 0);
     for (int part = 0; part < kParts; ++part) {
       I codes[2];
@@ -115,6 +118,11 @@ static void MultiplyCodesOfRow(const Product& p, int64_t m0, const Rows& rows, i
 
 template <class D, Sums kSums>
 static void MultiplyCodesSummed(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
+  constexpr decltype(&MultiplyCodesOfRow<D, kSums, 1, true>) kKernels[2][kTileRows] = {
+      {MultiplyCodesOfRow<D, kSums, 1, false>, MultiplyCodesOfRow<D, kSums, 2, false>,
+       MultiplyCodesOfRow<D, kSums, 3, false>, MultiplyCodesOfRow<D, kSums, 4, false>},
+      {MultiplyCodesOfRow<D, kSums, 1, true>, MultiplyCodesOfRow<D, kSums, 2, true>,
+       MultiplyCodesOfRow<D, kSums, 3, true>, MultiplyCodesOfRow<D, kSums, 4, true>}};
   std::vector<RowScales> scales;
   // Rows that are used once are read alternately with their scales: each of the two is then one stream from memory.
   const int64_t at_once = rows.m <= kTileRows ? 1 : kWeightRows;
@@ -122,10 +130,10 @@ static void MultiplyCodesSummed(const Product& p, int64_t m0, const Rows& rows, 
   for (int64_t first = n0; first < n1; first += at_once) {
     const int64_t count = std::min(at_once, n1 - first);
     for (int64_t r = 0; r < count; ++r) scales[r].Read(p, first + r, 1);
-    for (int64_t m = 0; m < rows.m; m += rows.m - m < kTileRows ? 1 : kTileRows)
-      for (int64_t r = 0; r < count; ++r)
-        (rows.m - m < kTileRows ? MultiplyCodesOfRow<D, kSums, 1> : MultiplyCodesOfRow<D, kSums, kTileRows>)(
-            p, m0, rows, m, first + r, scales[r].scale(p));
+    for (int64_t m = 0; m < rows.m; m += kTileRows) {
+      const auto multiply = kKernels[m == 0][std::min<int64_t>(kTileRows, rows.m - m) - 1];
+      for (int64_t r = 0; r < count; ++r) multiply(p, m0, rows, m, first + r, scales[r].scale(p));
+    }
     if (p.zero.data == nullptr) continue;
     for (int64_t m = 0; m < rows.m; ++m)
       for (int64_t r = 0; r < count; ++r)

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -17,22 +18,33 @@ namespace qjax::cpu {
 // What a thread that sleeps takes to wake up is more than most tasks take: before it sleeps it looks for so long.
 constexpr std::chrono::microseconds kAwake{50};
 
-// Runs f(i) for i in [0, tasks), the caller among those who do. Whoever is free takes the next i, and the caller waits
-// for tasks that have begun only: a pool whose threads are all busy, perhaps waiting like this one, delays nothing.
+// Runs f(i) for i in [0, tasks), the caller among those who do. Each has a range of i, one after another in memory, and
+// whoever is done with it takes from the others'. The caller waits for tasks that have begun only: a pool whose threads
+// are all busy, perhaps waiting like this one, delays nothing.
 template <typename F>
 static void ParallelFor(xla::ffi::ThreadPool& pool, int64_t tasks, const F& f) {
+  struct alignas(64) Range {  // a cache line, which the others seldom read
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   struct Shared {
-    explicit Shared(int64_t tasks, const F* f) : tasks(tasks), f(f) {}
+    Shared(int64_t tasks, int64_t threads, const F* f) : tasks(tasks), f(f), ranges(threads) {
+      for (int64_t r = 0; r < threads; ++r)
+        ranges[r].next = r * tasks / threads, ranges[r].end = (r + 1) * tasks / threads;
+    }
     const int64_t tasks;
     const F* f;  // the caller's: read only while a task is not done
-    std::atomic<int64_t> next{0};
+    std::vector<Range> ranges;
     std::atomic<int64_t> done{0};
     std::mutex mutex;
     std::condition_variable all_done;
 
-    void Work() {
+    void Work(int64_t own) {
       int64_t finished = 0;
-      for (int64_t i; (i = next.fetch_add(1)) < tasks; ++finished) (*f)(i);
+      for (size_t r = 0; r < ranges.size(); ++r) {
+        Range& range = ranges[(own + r) % ranges.size()];
+        for (int64_t i; (i = range.next.fetch_add(1)) < range.end; ++finished) (*f)(i);
+      }
       if (finished == 0 || done.fetch_add(finished) + finished < tasks) return;
       std::lock_guard<std::mutex> lock(mutex);  // not between the caller's look and its sleep
       all_done.notify_one();
@@ -43,9 +55,9 @@ static void ParallelFor(xla::ffi::ThreadPool& pool, int64_t tasks, const F& f) {
     for (int64_t i = 0; i < tasks; ++i) f(i);
     return;
   }
-  std::shared_ptr<Shared> shared(new Shared(tasks, &f));  // make_shared has a symbol that libraries share
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->Work(); });
-  shared->Work();
+  std::shared_ptr<Shared> shared(new Shared(tasks, helpers + 1, &f));  // make_shared has a symbol that libraries share
+  for (int64_t i = 1; i <= helpers; ++i) pool.Schedule([shared, i] { shared->Work(i); });
+  shared->Work(0);
   const auto all_done = [&] { return shared->done == tasks; };
   for (const auto since = std::chrono::steady_clock::now(); std::chrono::steady_clock::now() - since < kAwake;)
     if (all_done()) return;

@@ -41,6 +41,7 @@ QJAX_INLINE float Sum(F v) {
 }
 
 QJAX_INLINE I LoadWords(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
+QJAX_INLINE void Keep(I& v) { asm("" : "+x"(v)); }
 QJAX_INLINE I LoadPairs(const uint32_t* p) {
   const I words = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const I twice = _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
@@ -88,8 +89,9 @@ template <int kP> QJAX_INLINE F Lookup16(Table16 table, I words) {
 
 QJAX_INLINE __m128i LoadBytes(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
 QJAX_INLINE F Int8ToFloat(const uint8_t* p) { return ToFloat(_mm256_cvtepi8_epi32(LoadBytes(p))); }
-QJAX_INLINE F Gather(const float* from, const int32_t* index) {
-  return _mm256_i32gather_ps(from, _mm256_loadu_si256(reinterpret_cast<const I*>(index)), 4);
+QJAX_INLINE F Stretch(const float* from, const int32_t* index) {
+  const I at = _mm256_loadu_si256(reinterpret_cast<const I*>(index));
+  return _mm256_permutevar8x32_ps(Load(from + index[0]), _mm256_sub_epi32(at, _mm256_set1_epi32(index[0])));
 }
 QJAX_INLINE F Lookup256(const float* table, const uint8_t* p) {
   return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(LoadBytes(p)), 4);
@@ -102,6 +104,10 @@ QJAX_INLINE F HalfToFloat(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
+QJAX_INLINE F E8M0ToFloat(const uint8_t* p) {
+  const I bytes = _mm256_cvtepu8_epi32(LoadBytes(p)), nan = _mm256_cmpeq_epi32(bytes, SetAll(255));
+  return _mm256_castsi256_ps(Or(_mm256_max_epu32(ShiftLeft<23>(bytes), SetAll(1u << 22)), And(nan, SetAll(1u << 22))));
+}
 QJAX_INLINE F E5M2ToFloat(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(LoadBytes(p)), 8));
 }

@@ -43,6 +43,8 @@ QJAX_INLINE void StoreRounded(int8_t* p, F v) {
 }
 
 QJAX_INLINE I LoadWords(const uint32_t* p) { return _mm512_loadu_si512(p); }
+// In a register, as LoadOnce.
+QJAX_INLINE void Keep(I& v) { asm("" : "+v"(v)); }
 // Words of a plane of 2 bits (1 bit), each for two (four) lanes, its lane's codes shifted to the front.
 QJAX_INLINE I LoadPairs(const uint32_t* p) {
   const I twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
@@ -90,8 +92,10 @@ template <int kP> QJAX_INLINE F Lookup16(Table16 table, I words) {
 
 QJAX_INLINE __m128i LoadBytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 QJAX_INLINE F Int8ToFloat(const uint8_t* p) { return ToFloat(_mm512_cvtepi8_epi32(LoadBytes(p))); }
-QJAX_INLINE F Gather(const float* from, const int32_t* index) {
-  return _mm512_i32gather_ps(_mm512_loadu_si512(index), from, 4);
+// from[index[i]], where no index is more than 1 above the one before; reads kLanes numbers from the first.
+QJAX_INLINE F Stretch(const float* from, const int32_t* index) {
+  const I within = _mm512_sub_epi32(_mm512_loadu_si512(index), _mm512_set1_epi32(index[0]));
+  return _mm512_permutexvar_ps(within, Load(from + index[0]));
 }
 QJAX_INLINE F Lookup256(const float* table, const uint8_t* p) {
   return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(LoadBytes(p)), table, 4);
@@ -102,6 +106,12 @@ QJAX_INLINE F BFloatToFloat(const uint16_t* p) {
 }
 QJAX_INLINE F HalfToFloat(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// 2^(byte - 127), which is a subnormal where the byte is 0; 255 is NaN.
+QJAX_INLINE F E8M0ToFloat(const uint8_t* p) {
+  const I bytes = _mm512_cvtepu8_epi32(LoadBytes(p)), bits = _mm512_max_epu32(ShiftLeft<23>(bytes), SetAll(1u << 22));
+  return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, _mm512_cmpeq_epi32_mask(bytes, SetAll(255)), bits, SetAll(1u << 22)));
 }
 
 // FP8 through float16, whose subnormals are converted exactly whatever the flags of the thread: e5m2 is its upper byte,

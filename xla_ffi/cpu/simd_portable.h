@@ -38,6 +38,7 @@ QJAX_INLINE I LoadWords(const uint32_t* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+QJAX_INLINE void Keep(I&) {}
 QJAX_INLINE I LoadPairs(const uint32_t* p) { return I{p[0], p[0] >> 8, p[1], p[1] >> 8}; }
 QJAX_INLINE I LoadQuads(const uint32_t* p) { return I{p[0], p[0] >> 4, p[0] >> 8, p[0] >> 12}; }
 QJAX_INLINE I SetAll(uint32_t v) { return I{v, v, v, v}; }
@@ -73,7 +74,7 @@ QJAX_INLINE F Int8ToFloat(const uint8_t* p) {
   const auto* s = reinterpret_cast<const int8_t*>(p);
   return F{float(s[0]), float(s[1]), float(s[2]), float(s[3])};
 }
-QJAX_INLINE F Gather(const float* from, const int32_t* index) {
+QJAX_INLINE F Stretch(const float* from, const int32_t* index) {
   return F{from[index[0]], from[index[1]], from[index[2]], from[index[3]]};
 }
 QJAX_INLINE F Lookup256(const float* table, const uint8_t* p) {
@@ -98,6 +99,10 @@ QJAX_INLINE F HalfToFloat(const uint16_t* p) {
   return F{HalfBits(p[0]), HalfBits(p[1]), HalfBits(p[2]), HalfBits(p[3])};
 }
 
+QJAX_INLINE F E8M0ToFloat(const uint8_t* p) {
+  const I bytes = {p[0], p[1], p[2], p[3]};
+  return (F)(ShiftLeft<23>(bytes) | ((I)((bytes == 0) | (bytes == 255)) & 1u << 22));
+}
 QJAX_INLINE F E5M2ToFloat(const uint8_t* p) {
   return F{HalfBits(p[0] << 8), HalfBits(p[1] << 8), HalfBits(p[2] << 8), HalfBits(p[3] << 8)};
 }

@@ -11,7 +11,7 @@ template <Number kType> QJAX_INLINE F ReadNumbers(const uint8_t* p) {
   if constexpr (kType == Number::kF32) return Load(reinterpret_cast<const float*>(p));
   if constexpr (kType == Number::kBF16) return BFloatToFloat(reinterpret_cast<const uint16_t*>(p));
   if constexpr (kType == Number::kF16) return HalfToFloat(reinterpret_cast<const uint16_t*>(p));
-  if constexpr (kType == Number::kE8M0) return Lookup256(kE8M0Values.data(), p);
+  if constexpr (kType == Number::kE8M0) return E8M0ToFloat(p);
   if constexpr (kType == Number::kE4M3) return Mul(E4M3ToFloatOver256(p), Set1(256));
   return Int8ToFloat(p);
 }
@@ -42,8 +42,8 @@ static void ToFloats(const Array& array, int64_t from, int64_t count, float* out
 class RowScales {
  public:
   explicit RowScales(const Product& p)
-      : by_group_(New<float>(p.groups)),
-        offset_by_group_(New<float>(p.groups)),
+      : by_group_(New<float>(p.groups + kLanes)),  // and what Stretch reads behind them
+        offset_by_group_(New<float>(p.groups + kLanes)),
         scale_(New<float>(p.blocks * p.slots)),
         offset_(New<float>(p.blocks * p.slots)) {
     std::memset(offset_.get(), 0, p.blocks * p.slots * sizeof(float));
@@ -85,7 +85,7 @@ class RowScales {
 
  private:
   static void Spread(const Product& p, const float* from, float* to) {
-    for (int64_t i = 0; i < p.blocks * p.slots; i += kLanes) Store(to + i, Gather(from, &p.slot_group[i]));
+    for (int64_t i = 0; i < p.blocks * p.slots; i += kLanes) Store(to + i, Stretch(from, &p.slot_group[i]));
   }
 
   Buffer<float> by_group_, offset_by_group_, scale_, offset_;
@@ -101,4 +101,13 @@ QJAX_INLINE const uint8_t* BlockOf(const Product& p, int64_t n, int64_t b, uint8
   if (left >= D::kBytes) return at;
   for (int64_t i = 0; i < D::kBytes; ++i) copy[i] = i < left ? at[i] : 0;
   return copy;
+}
+
+// Codes of rows that are read from end to end are asked for so many bytes ahead: what a processor foresees ends with
+// each page.
+constexpr int64_t kAheadInRows = 12 << 10;
+
+template <class D>
+QJAX_INLINE void AskAhead(const uint8_t* block) {
+  for (int at = 0; at < D::kBytes; at += 64) __builtin_prefetch(block + kAheadInRows + at);
 }

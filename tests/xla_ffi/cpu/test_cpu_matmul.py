@@ -148,6 +148,18 @@ def test_padded_pieces_are_multiplied_and_their_gradients_have_no_padding(scheme
     np.testing.assert_allclose(gradient(w, dy), back, rtol=1e-5, atol=1e-5 * np.abs(back).max())
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_every_byte_of_e8m0_is_its_power_of_two(instructions):
+    w = qjax.quantize_array(jnp.ones((32, 256), jnp.float32), "mxfp4")  # codes are 4
+    w = dataclasses.replace(w, scale=jnp.asarray(np.arange(256, dtype=np.uint8)[:, None].view(w.scale.dtype)))
+    problem = problem_of(w, m=1, x_dtype=jnp.float32, out_dtype=jnp.float32)
+    x = jnp.zeros((1, 32), jnp.float32).at[0, 5].set(0.25)
+    y = run_route(ROUTE, {"instructions": instructions}, Rows(x), w, problem)[0]
+    normal = np.arange(1, 255)  # XLA's threads take 2^-127, which is subnormal, for 0
+    np.testing.assert_array_equal(y[1:255], np.ldexp(1.0, normal - 127).astype(np.float32))
+    assert np.isnan(y[255])
+
+
 PRODUCTS_OF_ANY_THREADS = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, qjax
