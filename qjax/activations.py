@@ -62,12 +62,14 @@ def quantize_rows(
     wide = x.astype(jnp.float32)
     if activation.mode == "static":
         assert act_scale is not None, "checked in qjax.matmul"
-        scale = jnp.broadcast_to(act_scale.astype(jnp.float32), (*x.shape[:-1], 1))
+        given = act_scale.astype(jnp.float32)
+        scale = jnp.broadcast_to(given, (*x.shape[:-1], 1))
+        ratio = wide * (1 / given)  # one division, not one for each element
     else:
         amax = _amax(wide, activation)
         scale = quotient(jax.lax.pmax(amax, k_over) if k_over else amax, form.maximum)
         scale = jnp.where(scale == 0, 1.0, scale)
-    ratio = quotient(wide, _spread(scale, x.shape[-1]))
+        ratio = quotient(wide, _spread(scale, x.shape[-1]))
     if form.kind == "int":
         return Rows(jnp.clip(jnp.round(ratio), -128, 127).astype(form.dtype), scale)
     codes = jnp.clip(ratio, -form.maximum, form.maximum).astype(form.dtype)

@@ -20,6 +20,8 @@ from pallas_kernels.pairs import RAISED, scaled_byte_pair
 
 COLUMNS = 64  # of a product, among which the order of columns is another
 _PLACES = (4, 4, 2, 2)  # c, s, h, l
+# Bits of a byte's place, and by how many they are shifted to the left to be bits of its column.
+MOVES = ((-COLUMNS, 0), (0b110000, -3), (0b001100, 2), (0b000010, 2), (0b000001, 0))
 
 
 def in_order(x: jax.Array) -> jax.Array:

@@ -230,7 +230,8 @@ def first_choice(m: int, n: int, k: int, group: int, sums: bool, sms: int, block
     of_program = -(-strips // (-(-strips // (12 * sms)) * sms))
     rounded = -(-of_program // side_by_side) * side_by_side
     chunks = -(-blocks // (warps * a_warp))
-    return Few(warps, side_by_side, rounded, a_warp, 1 if a_warp >= (4 if chunks == 1 else 8) else 2)
+    enough = 4 if chunks == 1 or tiles > 1 else 8  # of two tiles x and the sums leave no room for more
+    return Few(warps, side_by_side, rounded, a_warp, 1 if a_warp >= enough else 2)
 
 
 def candidates(m: int, n: int, k: int, group: int, sums: bool, sms: int, block: int) -> list[Few]:

@@ -5,14 +5,17 @@ import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.mosaic.columns import LANES
 from pallas_kernels.mosaic.operand import BLOCK, ROWS, WORDS_A_BLOCK
 from pallas_kernels.mosaic.walk import Walk
-from pallas_kernels.pairs import RAISED
+from pallas_kernels.pairs import RAISED, TABLES
 
 HALF = BLOCK // 2  # columns of a product
 _STAGED = 2048  # bytes in which a consumer gathers what it stores
+_APART = 1024  # bytes in shared memory, at multiples of which arrays begin
+_BARRIERS = 512  # bytes that they take at most
 _SHAPES = ((2, 1), (3, 1), (1, 2), (2, 2), (1, 4))  # row_groups, k_groups
 _SIZES = (32, 64, 128, 192, 256)
 # Rows of x whose sums a consumer's thread has registers for, by consumers; with more than four scales a block.
@@ -68,18 +71,19 @@ class Tile:
         """Rows of x for which they do."""
         return -(-self.tile_m // LANES) * LANES
 
-    def smem(self, weight: str, entries: int) -> int:
+    def smem(self, weight: str, entries: int, bias: bool = False) -> int:
         """Shared memory of a program in bytes, with room for barriers; `entries` of 32 bits, of a row in a block."""
-        codes = self.rows * words_of(weight) * 4
-        block = self.tile_m * 2 * BLOCK + codes + 4 * (entries + 1) * self.column_rows
-        sums = (self.k_groups - 1) * self.rows * self.tile_m * 4
-        return (
-            self.stages * self.blocks * block
-            + sums
-            + self.row_groups * _STAGED
-            + 4 * (self.wide + self.column_rows)
-            + 1024
+        blocks, rows = self.stages * self.blocks, self.column_rows
+        arrays = (
+            blocks * self.tile_m * BLOCK * 2,
+            blocks * self.rows * words_of(weight) * 4,
+            (blocks * entries + self.stages) * rows * 4,
+            (self.k_groups - 1) * self.rows * self.tile_m * 4,
+            self.row_groups * _STAGED,
+            self.wide * 4,
+            bias * rows * 4,
         )
+        return sum(-(-size // _APART) * _APART for size in arrays) + _BARRIERS
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -129,6 +133,11 @@ class Plan:
         return max(1, BLOCK // self.group)
 
     @property
+    def entries(self) -> int:
+        """Of a row in a stage: a pair for each scale, one for each zero point, and a power of two, the last."""
+        return self.tile.blocks * self.groups * (1 + self.zeros) + 1
+
+    @property
     def words(self) -> int:
         """Of a row's block."""
         return words_of(self.weight)
@@ -144,9 +153,20 @@ class Plan:
         return 14 - self.raised if self.raised else 10
 
     @property
+    def scale_bytes(self) -> int:
+        """Of one."""
+        return jnp.dtype(self.scale).itemsize
+
+    @property
+    def exact(self) -> bool:
+        """Whether values are float16 numbers without a power of two: those of NVFP4."""
+        return self.scale == "float8_e4m3fn" and not self.raised and not self.zeros
+
+    @property
     def ahead(self) -> int:
         """Stages whose scales the producer's lanes have asked for before they need them."""
-        return max(1, 4 * LANES // (self.tile.blocks * self.groups * (1 + self.zeros) * self.tile.column_rows))
+        words = -(-self.tile.blocks * self.groups * (self.scale_bytes + self.zeros) // 4)
+        return max(1, min(4, 8 * LANES // (words * self.tile.column_rows)))
 
     @property
     def consumers(self) -> int:
@@ -191,6 +211,8 @@ def _most_stages(tile: Tile, weight: str, entries: int, smem: int) -> Tile:
 def candidates(m: int, k: int, weight: str, entries: int, smem: int) -> list[Tile]:
     """Tiles worth measuring; `weight` and `entries` as in `Tile.smem`."""
     widest = _WIDEST if entries <= 4 else _WIDEST_OF_MANY
+    if weight in TABLES:  # which takes registers, too
+        widest = widest | {2: _WIDEST_OF_MANY[2]}
     least = min((size for size in _SIZES if size >= m), default=_SIZES[-1])
     sizes = [size for size in _SIZES if least // 2 <= size <= least]
     found = []
@@ -199,8 +221,15 @@ def candidates(m: int, k: int, weight: str, entries: int, smem: int) -> list[Til
         clustered = cluster == 1 or (tile_m > 64 and k_groups == 1)
         if tile_m <= widest[tile.consumers] and (blocks == 2 or tile_m > 64) and clustered:
             found.append(_most_stages(tile, weight, entries, smem))
-    fit = [tile for tile in found if tile.stages >= 2 * tile.k_groups and tile.smem(weight, entries) <= smem]
+    fit = [tile for tile in found if tile.smem(weight, entries) <= smem]
+    fit = [tile for tile in fit if tile.stages >= 2 * tile.k_groups and tile.stages * tile.blocks > 2 * tile.k_groups]
     return [tile for tile in fit if tile.k_groups == 1 or tile.k_groups * tile.blocks * BLOCK < k]
+
+
+def with_room(tile: Tile, weight: str, entries: int, bias: bool, smem: int) -> Tile:
+    """The tile, with a stage less of each consumer's where the bias leaves no room for it."""
+    over = tile.smem(weight, entries, bias) > smem
+    return dataclasses.replace(tile, stages=tile.stages - tile.k_groups) if over else tile
 
 
 def tile_for(m: int, n: int, k: int, weight: str, entries: int, *, sms: int, smem: int) -> Tile:
@@ -209,6 +238,6 @@ def tile_for(m: int, n: int, k: int, weight: str, entries: int, *, sms: int, sme
     def busiest(tile: Tile) -> tuple[int, int, int]:
         tiles = -(-m // tile.tile_m) * -(-n // (tile.rows * tile.cluster))
         time = -(-tiles // (sms // tile.cluster)) * tile.row_groups * (tile.tile_m + _START)
-        return time, -tile.cluster, -tile.tile_m
+        return time, tile.cluster if weight in BYTES else -tile.cluster, -tile.tile_m
 
     return min(candidates(m, k, weight, entries, smem), key=busiest)

@@ -5,7 +5,6 @@ float16, times a power of two that is the row's, and so all of a row's scales ar
 """
 
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -21,31 +20,81 @@ from pallas_kernels.mosaic.lines import views
 from pallas_kernels.mosaic.operand import BLOCK
 from pallas_kernels.pairs import MAGIC
 
-_READ_AT_ONCE = 16  # of a row's scales, by the lane that looks for the largest
+_READ_AT_ONCE = 32  # words of scales, by the lane that looks for the largest
 
 
 def _largest(plan: Plan, scale: Any, first_w: jax.Array) -> jax.Array:
     """The largest scale of each row of a tile, float32 `[column_rows]`."""
-    last = scale.shape[1] - 1
-    at_once = min(_READ_AT_ONCE * columns.LANES // plan.tile.column_rows, last + 1)
+    height, width = plan.tile.column_rows, scale.shape[1]
+    at_once = min(_READ_AT_ONCE * columns.LANES // height, width)
 
-    def more(i: jax.Array, largest: jax.Array) -> jax.Array:
+    def part(i: Any) -> jax.Array:
+        if scale.dtype != jnp.uint32:
+            many = [jnp.minimum(i * at_once + j, width - 1) for j in range(at_once)]
+            raws = [columns.read(scale, first_w, column, height, plan.interpret) for column in many]
+            found = [columns.value(raw, plan.scale) for raw in raws]
+        else:
+            word = jnp.minimum(i * at_once, width - at_once)
+            words = columns.read_words(scale, first_w, word, at_once, height, plan.interpret)
+            found = [columns.entry(word, j, plan.scale) for word in words for j in range(4 // plan.scale_bytes)]
+        return functools.reduce(jnp.maximum, map(jnp.abs, found))
+
+    return jax.lax.fori_loop(1, -(-width // at_once), lambda i, most: jnp.maximum(most, part(i)), part(jnp.int32(0)))
+
+
+class _Entries:
+    """Scales or zero points of the stages of a tile: asked for, then taken as float32."""
+
+    def __init__(self, plan: Plan, ref: Any, dtype: str, first_w: jax.Array) -> None:
+        self._plan, self._ref, self._dtype, self._first_w = plan, ref, dtype, first_w
+        self._in_words = ref.dtype == jnp.uint32
+        self._a_word = 4 // jnp.dtype(dtype).itemsize if self._in_words else 1
+        self._count = plan.tile.blocks * plan.groups  # of a stage
+        there = ref.shape[1] * self._a_word
+        whole = plan.group <= BLOCK and self._count % self._a_word == 0 and there % self._count == 0
+        self._words = self._count // self._a_word if self._in_words and whole else 0  # of each stage, if of all
+
+    def _column(self, stage: Any, i: int) -> jax.Array:
+        group, blocks = self._plan.group, self._plan.tile.blocks
+        column = stage * self._count + i
+        if group > BLOCK:
+            column = jax.lax.div(stage * blocks + i, jnp.int32(group // BLOCK))
+        return jnp.minimum(column, self._ref.shape[1] * self._a_word - 1)
+
+    def ask(self, stage: Any) -> list[jax.Array]:
+        """A stage's, as they are in memory; beyond the last it is anything of the rows."""
+        height, interpret = self._plan.tile.column_rows, self._plan.interpret
+        if self._words:
+            word = jnp.minimum(stage * self._words, self._ref.shape[1] - self._words)
+            return columns.read_words(self._ref, self._first_w, word, self._words, height, interpret)
         found = []
-        for j in range(at_once):
-            column = jnp.minimum(i * at_once + j, last)
-            found.append(columns.read(scale, first_w, column, plan.tile.column_rows, plan.interpret))
-        return functools.reduce(jnp.maximum, [jnp.abs(columns.value(raw, plan.scale)) for raw in found], largest)
+        for i in range(self._count):
+            column = self._column(stage, i)
+            if self._in_words:
+                word = jax.lax.div(column, jnp.int32(self._a_word))
+                found += columns.read_words(self._ref, self._first_w, word, 1, height, interpret)
+            else:
+                found.append(columns.read(self._ref, self._first_w, column, height, interpret))
+        return found
 
-    first = columns.read(scale, first_w, jnp.int32(0), plan.tile.column_rows, plan.interpret)
-    first = jnp.abs(columns.value(first, plan.scale))
-    return jax.lax.fori_loop(0, -(-(last + 1) // at_once), more, first)
+    def values(self, stage: Any, raws: list[jax.Array]) -> list[jax.Array]:
+        """What `ask` has found, float32 `[column_rows]` each."""
+        if not self._in_words:
+            return [columns.value(raw, self._dtype) for raw in raws]
+        found = []
+        for i in range(self._count):
+            word, at = divmod(i, self._a_word) if self._words else (i, self._column(stage, i) % self._a_word)
+            found.append(columns.entry(raws[word], at, self._dtype))
+        return found
 
 
 def fill(plan: Plan, first: jax.Array, first_x: jax.Array, first_w: jax.Array, refs: Any, s: Any) -> None:
     """A tile's stages, from number `first` on."""
-    tile, groups = plan.tile, plan.groups
+    tile = plan.tile
     x_lines, _ = views(s["x"], plan.interpret)
-    names = ("scale", "zero") if plan.zeros else ("scale",)
+    given = [_Entries(plan, refs["scale"], plan.scale, first_w)]
+    if plan.zeros:
+        given.append(_Entries(plan, refs["zero"], "int8", first_w))
 
     def copy(stage: Any) -> None:
         slot = slot_of(first + stage, tile.stages)
@@ -60,19 +109,6 @@ def fill(plan: Plan, first: jax.Array, first_x: jax.Array, first_w: jax.Array, r
             x = refs["x"].at[pl.ds(first_x, tile.tile_m), columns_of_x]
             plgpu.copy_gmem_to_smem(x, x_lines.at[slot, half], full, collective_axes=shared_in(tile.cluster))
 
-    def entries(stage: Any) -> list[jax.Array]:
-        """Of a stage, as they are in memory."""
-        found = []
-        for name, i in itertools.product(names, range(tile.blocks * groups)):
-            column = (
-                stage * tile.blocks * groups + i
-                if plan.group <= BLOCK
-                else jax.lax.div(stage * tile.blocks + i, jnp.int32(plan.group // BLOCK))
-            )
-            column = jnp.minimum(column, refs[name].shape[1] - 1)
-            found.append(columns.read(refs[name], first_w, column, tile.column_rows, plan.interpret))
-        return found
-
     # Copies of the first tile's first stages are under way before scales are waited for.
     at_once = min(tile.stages, plan.rounds)
 
@@ -80,27 +116,32 @@ def fill(plan: Plan, first: jax.Array, first_x: jax.Array, first_w: jax.Array, r
     def begin() -> None:
         pl.loop(0, at_once)(copy)
 
-    to, back = power(_largest(plan, refs["scale"], first_w), plan.largest)
-    to = to * jnp.float32(2.0**plan.raised)
+    if plan.exact:
+        to, back = jnp.float32(1), jnp.ones((tile.column_rows,), jnp.float32)
+    else:
+        to, back = power(_largest(plan, refs["scale"], first_w), plan.largest)
+        to = to * jnp.float32(2.0**plan.raised)
 
-    def one(stage: jax.Array, raws: list[jax.Array]) -> None:
+    def one(stage: jax.Array, raws: list[list[jax.Array]]) -> None:
         pl.when((first > 0) | (stage >= at_once))(lambda: copy(stage))
         slot = slot_of(first + stage, tile.stages)
-        s["power"][slot] = back
-        for i, raw in enumerate(raws):
-            which, index = divmod(i, tile.blocks * groups)
-            value = columns.value(raw, plan.scale)
-            value = -MAGIC["float16"][1] - value if which else value * to
-            s[names[which]][slot, index] = columns.pair(value, "float16", plan.interpret)
+        s["entries"][slot, plan.entries - 1] = jax.lax.bitcast_convert_type(back, jnp.uint32)
+        scales, *zeros = (entries.values(stage, raw) for entries, raw in zip(given, raws, strict=True))
+        values = [scale * to for scale in scales] + [-MAGIC["float16"][1] - zero for part in zeros for zero in part]
+        for i, value in enumerate(values):
+            s["entries"][slot, i] = columns.pair(value, "float16", plan.interpret)
         plgpu.barrier_arrive(s["full"].at[slot])
 
-    def some(i: jax.Array, ahead: list[list[jax.Array]]) -> list[list[jax.Array]]:
+    def ask(stage: Any) -> list[list[jax.Array]]:
+        return [entries.ask(stage) for entries in given]
+
+    def some(i: jax.Array, ahead: list[list[list[jax.Array]]]) -> list[list[list[jax.Array]]]:
         found = []
         for j, raws in enumerate(ahead):
             stage = i * len(ahead) + j
             pl.when(stage < plan.rounds)(functools.partial(one, stage, raws))
-            found.append(entries(stage + len(ahead)))
+            found.append(ask(stage + len(ahead)))
         return found
 
-    ahead = [entries(jnp.int32(j)) for j in range(plan.ahead)]
+    ahead = [ask(jnp.int32(j)) for j in range(plan.ahead)]
     jax.lax.fori_loop(0, -(-plan.rounds // plan.ahead), some, ahead)

@@ -44,8 +44,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.finish import finish
 from pallas_kernels.grouped import why_not
 from pallas_kernels.mosaic import byte_operand, columns, operand
-from pallas_kernels.mosaic.fit_rows import fit_plainly, fit_rows
-from pallas_kernels.mosaic.folded_plan import BYTES, HALF, Plan, Tile, candidates, piece_of, tile_for
+from pallas_kernels.mosaic.fit_rows import fit_rows
+from pallas_kernels.mosaic.folded_plan import BYTES, HALF, Plan, Tile, candidates, piece_of, tile_for, with_room
 from pallas_kernels.mosaic.folded_producer import fill
 from pallas_kernels.mosaic.launch import launch, slot_of
 from pallas_kernels.mosaic.lines import in_lines, tiled, views
@@ -86,8 +86,7 @@ def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Arr
     tile, (of_rows, of_k) = plan.tile, _place(plan, warpgroup)
     _, x_tiles = views(s["x"], plan.interpret)
     first, count = first + of_k, jax.lax.div(plan.rounds - of_k + (tile.k_groups - 1), jnp.int32(tile.k_groups))
-    names = ("scale", "zero") if plan.zeros else ("scale",)
-    rows = pl.ds(of_rows * ROWS, ROWS)
+    rows, of_stage = pl.ds(of_rows * ROWS, ROWS), tile.blocks * plan.groups
 
     def read(slot: jax.Array, block: int) -> list[jax.Array]:
         """Of a block of a stage: its words, and the pairs of its groups by which they are decoded."""
@@ -95,8 +94,8 @@ def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Arr
         for first in range(block * plan.words, (block + 1) * plan.words, WORDS_A_BLOCK):
             words = s["w"].at[slot, rows, pl.ds(first, WORDS_A_BLOCK)]
             found.append(plgpu.load(words, layout=WORDS, optimized=False))
-        for name, group in itertools.product(names, range(plan.groups)):
-            pairs = s[name].at[slot, block * plan.groups + group, rows]
+        for which, group in itertools.product(range(1 + plan.zeros), range(plan.groups)):
+            pairs = s["entries"].at[slot, which * of_stage + block * plan.groups + group, rows]
             found.append(plgpu.load(pairs, layout=OF_ROWS, optimized=False))
         return found
 
@@ -168,11 +167,12 @@ def _sums(plan: Plan, warpgroup: jax.Array, first: jax.Array, s: Any) -> jax.Arr
 
     slot = slot_of(first, tile.stages)
     plgpu.barrier_wait(s["full"].at[slot])
-    back = plgpu.load(s["power"].at[slot, rows], layout=OF_ROWS, optimized=False)
+    back = plgpu.load(s["entries"].at[slot, plan.entries - 1, rows], layout=OF_ROWS, optimized=False)
     if plan.interpret:
         total = multiply_plainly()
     else:
         total = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, tile.tile_m), jnp.float32))
+    back = jax.lax.bitcast_convert_type(back, jnp.float32)
     return total * jax.lax.broadcast_in_dim(back, total.shape, (0,))
 
 
@@ -226,22 +226,18 @@ def _scratch(plan: Plan, out_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
     tile, smem = plan.tile, plgpu.SMEM
     piece = (tile.row_groups, piece_of(out_dtype.itemsize), ROWS)
-    entries = (tile.stages, tile.blocks * plan.groups, tile.column_rows)
     found = dict(
         x=in_lines((tile.stages, 2 * tile.blocks, tile.tile_m, HALF), jnp.float16, plan.interpret),
         w=smem((tile.stages, tile.rows, tile.blocks * plan.words), jnp.uint32),
         out=in_lines(piece, out_dtype, plan.interpret)
         if out_dtype.itemsize == 2
         else smem(piece, out_dtype, transforms=tiled(out_dtype)),
-        scale=smem(entries, jnp.uint32),
-        power=smem((tile.stages, tile.column_rows), jnp.float32),
+        entries=smem((tile.stages, plan.entries, tile.column_rows), jnp.uint32),
     ) | barriers(tile, arrivals=2 + 2 * tile.blocks, consumers=tile.consumers, readers=tile.row_groups)
     if tile.k_groups > 1:
         found["sums"] = smem((tile.k_groups - 1, tile.row_groups, ROWS, tile.tile_m), jnp.float32)
         found["summed"] = plgpu.Barrier(num_arrivals=tile.k_groups - 1, num_barriers=tile.row_groups)
         found["taken"] = plgpu.Barrier(num_barriers=tile.row_groups)
-    if plan.zeros:
-        found["zero"] = smem(entries, jnp.uint32)
     if plan.x_scaled:
         found["x_scale"] = smem((tile.wide,), jnp.float32)
     if plan.bias:
@@ -287,17 +283,17 @@ def matmul(
     group = blocks * BLOCK if scale.shape[1] == 1 else group
     if weight in BYTES:
         packed = jax.lax.bitcast_convert_type(packed.reshape(n, -1, 4), jnp.uint32)
-    operands = dict(w=packed.reshape(n, -1), scale=columns.as_loaded(scale))
-    operands["x"] = jnp.pad(x, ((0, 0), (0, -k % 8)))  # rows of whole 16 bytes
-    if x.dtype != jnp.float16:
-        operands["x"], operands["x_scale"] = (fit_plainly if interpret else fit_rows)(operands["x"])
-    if weight in BYTES:
-        operands["x"] = byte_operand.in_order(operands["x"])
+    operands = dict(w=packed.reshape(n, -1), scale=columns.as_words(scale))
+    operands["x"] = jnp.pad(x, ((0, 0), (0, -k % (HALF if weight in BYTES else 8))))  # rows of whole 16 bytes
+    if x.dtype != jnp.float16 or weight in BYTES:
+        fitted = fit_rows(operands["x"], bytes_order=weight in BYTES, interpret=interpret)
+        operands["x"], operands["x_scale"] = fitted
     if zero_point is not None:
-        operands["zero"] = zero_point
+        operands["zero"] = columns.as_words(zero_point)
     if whole and bias is not None:
         operands["bias"] = bias[:, None]
     zeros, x_scaled, biased = (name in operands for name in ("zero", "x_scale", "bias"))
+    tile = with_room(tile, weight, entries, biased, smem)
     plan = Plan(
         m, n, blocks, weight, group, scale.dtype.name, zeros, x_scaled, biased, tile, sms, interpret
     )  # fmt: skip

@@ -70,7 +70,7 @@ def configs(
     return [dataclasses.asdict(tile) for tile in candidates(m, n, k, entries_of(group, not symmetric), sms, smem)]
 
 
-def _consume(plan: Plan[Tile], row_group: jax.Array, k_group: jax.Array, dtype: str, s: Any) -> jax.Array:
+def _consume(plan: Plan, row_group: jax.Array, k_group: jax.Array, dtype: str, s: Any) -> jax.Array:
     """A consumer's part: its sums, float32 `[64, tile_m]`. With `ahead` a piece is decoded while the one before
     is multiplied."""
     tile, pieces = plan.tile, plan.tile.blocks * plan.pieces
@@ -112,7 +112,7 @@ def _consume(plan: Plan[Tile], row_group: jax.Array, k_group: jax.Array, dtype: 
     return jax.lax.fori_loop(0, plan.rounds // tile.k_groups, step, zeros)
 
 
-def _together(plan: Plan[Tile], row_group: jax.Array, k_group: jax.Array, total: jax.Array, s: Any) -> jax.Array:
+def _together(plan: Plan, row_group: jax.Array, k_group: jax.Array, total: jax.Array, s: Any) -> jax.Array:
     """The sums of warpgroups behind one another, for the first of them."""
 
     @pl.when(k_group > 0)
@@ -140,7 +140,7 @@ def _store(total: jax.Array, smem: Any, out: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(plan: Plan[Tile], *refs: Any, **s: Any) -> None:
+def _kernel(plan: Plan, *refs: Any, **s: Any) -> None:
     """One warpgroup of one program: see the module's docstring."""
     tile = plan.tile
     x_ref, w_ref, scale_ref, *zero_ref, out_ref = refs
@@ -178,7 +178,7 @@ def _kernel(plan: Plan[Tile], *refs: Any, **s: Any) -> None:
             _store(total, s["out"].at[row_group], at)
 
 
-def _scratch(plan: Plan[Tile], x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
+def _scratch(plan: Plan, x_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
     tile, smem = plan.tile, plgpu.SMEM
     found = ring(plan, x_dtype)

@@ -13,7 +13,7 @@ from pallas_kernels.mosaic.plan import Plan
 
 
 def piece_of(
-    plan: Plan[Any], s: Any, slot: jax.Array, row_group: jax.Array, index: int, dtype: str
+    plan: Plan, s: Any, slot: jax.Array, row_group: jax.Array, index: int, dtype: str
 ) -> tuple[jax.Array, jax.Array | None]:
     """Of product `index` of a stage: the values `[64, width]`, the scales `[64]` of its sums, None where values
     have them."""

@@ -5,7 +5,6 @@ from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.many_tiles import ManyTile
 from pallas_kernels.mosaic.operand import BLOCK
 from pallas_kernels.mosaic.tiles import Tile
 
@@ -18,7 +17,7 @@ def entries_of(group: int, zero_point: bool) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan[AnyTile: (Tile, ManyTile)]:
+class Plan:
     """Static facts of one call."""
 
     m: int
@@ -28,7 +27,7 @@ class Plan[AnyTile: (Tile, ManyTile)]:
     scale: str  # dtype of the scales
     group: int  # elements that share a scale; all of K, rounded up, where a row has one
     zeros: bool
-    tile: AnyTile
+    tile: Tile
     interpret: bool
 
     @property

@@ -21,7 +21,7 @@ from pallas_kernels.pairs import MAGIC
 Place = tuple[Any, Any, Any]
 
 
-def _entry_of(plan: Plan[Any], ref: Any, stage: jax.Array, index: int) -> jax.Array:
+def _entry_of(plan: Plan, ref: Any, stage: jax.Array, index: int) -> jax.Array:
     """Which column of scales is number `index` of a stage's."""
     column = (
         stage * (plan.tile.blocks * plan.groups) + index
@@ -32,7 +32,7 @@ def _entry_of(plan: Plan[Any], ref: Any, stage: jax.Array, index: int) -> jax.Ar
 
 
 def _bring_columns(
-    plan: Plan[Any], refs: dict[str, Any], first_row: jax.Array, stage: jax.Array, dtype: str
+    plan: Plan, refs: dict[str, Any], first_row: jax.Array, stage: jax.Array, dtype: str
 ) -> dict[str, list[jax.Array]]:
     """A stage's scales and zero points as they are used, 32 bits each, `[column_rows]` for each group."""
     found: dict[str, list[jax.Array]] = {name: [] for name in refs}
@@ -48,7 +48,7 @@ def _bring_columns(
     return found
 
 
-def ring(plan: Plan[Any], x_dtype: Any) -> dict[str, Any]:
+def ring(plan: Plan, x_dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers that `produce` fills."""
     tile, smem = plan.tile, plgpu.SMEM
     entries = (tile.stages, tile.blocks * plan.groups, tile.column_rows)
@@ -64,7 +64,7 @@ def ring(plan: Plan[Any], x_dtype: Any) -> dict[str, Any]:
     return found
 
 
-def produce(plan: Plan[Any], at: Callable[[Any], Place], count: Any, x_ref: Any, w_ref: Any, refs: Any, s: Any) -> None:
+def produce(plan: Plan, at: Callable[[Any], Place], count: Any, x_ref: Any, w_ref: Any, refs: Any, s: Any) -> None:
     """Fills the stages of one program, one after the other.
 
     Args:

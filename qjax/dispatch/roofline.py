@@ -62,6 +62,7 @@ UNMEASURED = Efficiency(0.1, 0.1, 1e-5, "not measured: placed behind what was")
 # XLA turns a product with one row into multiply-and-sum and fuses the dequantization into it.
 _H200 = "H200, jax 0.11.2, 22016 x 4096: "
 _TABLES = ("nf4", "fp4", "e2m1")
+_LOOKED_UP = ("nf4", "fp4", "higgs4")
 _EPYC = "2 cores of an EPYC 9005, jax 0.11.2, 4096 x 4096: "
 MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
     ("xla.reference", "gpu", True): (
@@ -114,8 +115,10 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.79, 1.0, 5.5e-6, _H200 + "18 us (int4 g128) at M=8", m_max=8),
         Efficiency(0.72, 1.0, 7.5e-6, _H200 + "21 us (int4 g128) at M=16"),
     ),
-    # Below triton.matmul_8bit, so that nothing takes it before it has been measured.
-    ("mosaic.matmul_few", "gpu", False): (Efficiency(0.5, 1.0, 1e-5, "not measured yet"),),
+    ("mosaic.matmul_few", "gpu", False): (
+        Efficiency(0.76, 1.0, 3.6e-6, _H200 + "29 us (int8) at M=1, 8 of 4096 x 4096", m_max=1),
+        Efficiency(0.66, 1.0, 6.5e-6, _H200 + "35 us (int8) at M=16, 11 of 4096 x 4096"),
+    ),
     ("mosaic.matmul_packed", "gpu", True): (
         Efficiency(0.41, 0.4, 7.6e-6, _H200 + "32 us (nf4) at M=1", 0, 32, 0.0, ("nf4", "fp4")),
         Efficiency(0.29, 0.43, 8e-6, _H200 + "42 us (nf4) at M=64", 0, 64, 0.0, ("nf4", "fp4")),
@@ -127,15 +130,16 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.41, 0.53, 3e-6, _H200 + "90 us (int4 g128) at M=256, 19 at 4096 x 4096", m_max=256),
         Efficiency(0.41, 0.57, 3e-6, _H200 + "641 us (int4 g128) at M=2048"),
     ),
-    ("mosaic.matmul_many", "gpu", True): (
-        Efficiency(0.3, 0.39, 3e-6, _H200 + "243 us (nf4), 214 (mxfp4), 295 (nvfp4) at M=512", weights=_TABLES),
-        Efficiency(0.41, 0.55, 1.8e-5, _H200 + "60 us (int4 g128) at M=128", m_max=128),
-        Efficiency(0.41, 0.6, 1.3e-5, _H200 + "89 us (int4 g128) at M=256", m_max=256),
-        Efficiency(0.41, 0.62, 3e-6, _H200 + "604 us (int4 g128) at M=2048, 437 at 8192 x 8192"),
+    ("mosaic.matmul_folded", "gpu", False): (
+        Efficiency(0.58, 0.4, 8e-6, _H200 + "39 us (int8), 42 (fp8) at M=64, 14 of 4096 x 4096", m_max=64),
+        Efficiency(0.58, 0.57, 8e-6, _H200 + "49 us (fp8) at M=128, 97 at 256", m_max=256),
+        Efficiency(0.58, 0.65, 8e-6, _H200 + "536 us (int8) at M=2048, 444 at 8192 x 8192"),
     ),
-    ("mosaic.matmul_folded", "gpu", False): (Efficiency(0.2, 0.2, 1e-5, "not measured yet"),),
     ("mosaic.matmul_folded", "gpu", True): (
-        Efficiency(0.2, 0.3, 8e-6, "not measured yet", weights=(*_TABLES, "higgs4")),
+        Efficiency(0.34, 0.4, 1.65e-5, _H200 + "47 us (nf4) at M=64, 22 of 4096 x 4096", 0, 64, 0.0, _LOOKED_UP),
+        Efficiency(0.39, 0.4, 1.5e-5, _H200 + "40 us (mxfp4), 42 (nvfp4) at M=64", 0, 64, 0.0, ("e2m1",)),
+        Efficiency(0.34, 0.63, 1e-5, _H200 + "151 us (nf4) at M=512, 586 at 2048", weights=_LOOKED_UP),
+        Efficiency(0.36, 0.56, 1e-5, _H200 + "668 us (mxfp4), 779 (nvfp4) at M=2048", weights=("e2m1",)),
         Efficiency(0.36, 0.4, 6e-6, _H200 + "28 us (int4 g128) at M=64", m_max=64),
         Efficiency(0.36, 0.5, 6e-6, _H200 + "41 us (int4 g128) at M=128, 43 at 8192 x 8192", m_max=128),
         Efficiency(0.36, 0.66, 6e-6, _H200 + "75 us (int4 g128) at M=256, 60 at 8192 x 8192", m_max=256),

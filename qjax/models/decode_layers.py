@@ -82,8 +82,6 @@ def _unfit(linear: Any, rows: int, dtype: Any, device: Device, *, biased: bool) 
         return f"it is stacked, or has {', '.join(sorted(problem.features))}"
     if problem.x_format is not None:
         return f"its x is {problem.x_format}"
-    if problem.scheme.bits == 8:
-        return "its codes have 8 bits, with which such a step has not been measured"
     return refusal(_PRODUCT, problem, device)
 
 

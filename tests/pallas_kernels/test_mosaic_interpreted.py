@@ -8,10 +8,9 @@ import pytest
 from lane_places import places
 
 import qjax
-from pallas_kernels.mosaic import byte_operand, folded_plan, matmul_folded, matmul_many, matmul_packed, operand
+from pallas_kernels.mosaic import byte_operand, folded_plan, matmul_folded, matmul_packed, operand
 from pallas_kernels.mosaic.fit_rows import AT, fit_plainly
 from pallas_kernels.mosaic.folded_plan import Tile as FoldedTile
-from pallas_kernels.mosaic.many_tiles import STRIP, ManyTile
 from pallas_kernels.mosaic.tiles import Tile
 from qjax.dequantize import block_scales
 from qjax.devices import find_device
@@ -34,9 +33,6 @@ CASES = [
     ("fp4", (2, 192, 64), Tile(8, 1, 1, 1, 1, 2, 0), 1.7),
     ("mxfp4", (3, 288, 64), Tile(8, 1, 1, 1, 1, 2, 1), 1.05),
     ("nvfp4", (3, 256, 48), Tile(8, 1, 1, 1, 1, 1, 0), 1.05),
-    ("w4a16", (130, 384, 200), ManyTile(128, 2, 2), 1.05),
-    ("w4a16:group_size=64,symmetric=false", (70, 200, 130), ManyTile(128, 2), 1.05),
-    ("mxfp4", (200, 160, 130), ManyTile(192, 2), 1.05),
     ("w4a16", (130, 384, 200), FoldedTile(128, 2, 1, 1, 2), 1.05),
     ("w4a16:symmetric=false", (70, 200, 130), FoldedTile(64, 3, 1, 2, 2), 1.05),
     ("w4a16:group_size=32,symmetric=false", (70, 600, 130), FoldedTile(64, 1, 2, 2, 4), 1.05),
@@ -50,7 +46,7 @@ CASES = [
     ("w8a16:group_size=64", (40, 448, 70), FoldedTile(64, 1, 2, 1, 4), 1.05),
     ("fp8", (33, 336, 70), FoldedTile(64, 2, 1, 2, 2), 1.05),
 ]
-KERNELS = {Tile: matmul_packed, ManyTile: matmul_many, FoldedTile: matmul_folded}
+KERNELS = {Tile: matmul_packed, FoldedTile: matmul_folded}
 
 
 def _product(
@@ -75,7 +71,7 @@ def _rounding(exact: np.ndarray, dtype: str = "bfloat16") -> float:
 def test_an_interpreted_kernel_is_as_close_to_float64_as_rounding_once_and_does_not_race(
     scheme: str,
     shape: tuple[int, int, int],
-    tile: Tile | ManyTile | FoldedTile,
+    tile: Tile | FoldedTile,
     allowed: float,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -165,6 +161,8 @@ def test_every_lane_holds_the_codes_of_the_values_that_wgmma_takes_from_it(piece
 def test_every_lane_holds_the_bytes_of_the_values_that_wgmma_takes_from_it() -> None:
     words, values = places(operand.WORDS, (64, 16)), places(operand.VALUES, (64, 64))
     order = np.asarray(byte_operand.in_order(jnp.arange(64, dtype=jnp.float32)[None])[0], int)
+    for column, place in enumerate(order):
+        assert column == sum((place & bits) * 2**left for bits, left in byte_operand.MOVES)
     for register in range(values.shape[2]):  # a word's first pair and its second, of rows r and r + 8
         (word, second), half = divmod(register // 2, 2), register % 2
         row, place = np.divmod(words[:, :, half, word], 16)
@@ -189,18 +187,6 @@ def test_configurations_fit_the_chip(m: int) -> None:
         assert 128 * (tile.consumers + 1) * tile.registers <= 65536
 
 
-@pytest.mark.parametrize("m", [65, 256, 2048])
-@pytest.mark.parametrize(("weight", "group"), [("int4", 128), ("int4", 64), ("nf4", 64), ("e2m1", 16)])
-def test_configurations_of_many_rows_fit_the_chip(m: int, weight: str, group: int) -> None:
-    facts = dict(weight=weight, group=group, smem=227 * 1024, symmetric=False)
-    found = [ManyTile(**config) for config in matmul_many.configs(m, 4096, 22016, **facts)]
-    assert {tile.cluster for tile in found} == {1, 2}
-    for tile in found:
-        producer, consumer = tile.handed_over(columns=8)
-        assert tile.tile_m % STRIP == 0 and tile.stages >= 2
-        assert 128 * (producer + 2 * consumer) <= 65536
-
-
 @pytest.mark.parametrize("m", [33, 65, 256, 2048])
 @pytest.mark.parametrize(("weight", "entries"), [("int4", 1), ("int4", 2), ("e2m1", 8), ("int8", 1)])
 def test_configurations_of_folded_scales_fit_the_chip(m: int, weight: str, entries: int) -> None:
@@ -218,12 +204,6 @@ def test_a_configuration_that_would_wait_for_itself_is_refused() -> None:
     for tile, k in ((FoldedTile(32, 1, 4, 1, 4), 4096), (FoldedTile(32, 1, 4, 2, 8), 512)):
         with pytest.raises(ValueError, match="k_groups=4"):
             jax.eval_shape(lambda t=tile, k=k: _product("w4a16", 9, k, 40, kernel=matmul_folded, config=vars(t)))
-
-
-def test_groups_too_small_for_products_of_their_own_are_left_to_another_kernel() -> None:
-    facts = dict(weight="int4", block_n=1, x_dtype="bfloat16", x_format=None, scale_dtype="float16", transposed=False)
-    assert "groups of 64 or more" in matmul_many.unsupported(256, 4096, 8, group=32, **facts)
-    assert matmul_many.unsupported(256, 4096, 8, group=64, **facts) is None
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "nf4", "mxfp4", "nvfp4"])
