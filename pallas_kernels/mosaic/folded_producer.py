@@ -20,7 +20,7 @@ from pallas_kernels.mosaic.lines import views
 from pallas_kernels.mosaic.operand import BLOCK
 from pallas_kernels.pairs import MAGIC
 
-_READ_AT_ONCE = 32  # words of scales, by the lane that looks for the largest
+_READ_AT_ONCE = 8  # words of scales, by the lane that looks for the largest: with more, registers do not suffice
 
 
 def _largest(plan: Plan, scale: Any, first_w: jax.Array) -> jax.Array:
