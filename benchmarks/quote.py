@@ -68,6 +68,14 @@ def by_scheme(records: Records) -> str:
     return _by_scheme(records, "auto", parse_rows(MAIN_ROWS))
 
 
+def weight_only(records: Records) -> str:
+    """Every scheme of the file at every number of rows of it, at the first of the main shapes, as dispatch chooses."""
+    (n, k), rows = parse_shapes(MAIN_SHAPES)[0], sorted({r["m"] for r in records})
+    schemes = dict.fromkeys(r["scheme"] for r in records)
+    lines = [[f"`{s}`", *(cell(records, scheme=s, backend="auto", m=m, n=n, k=k) for m in rows)] for s in schemes]
+    return table([f"{n}x{k}", *(f"M = {m}" for m in rows)], lines)
+
+
 def by_rows(records: Records) -> str:
     """int4 in groups of 128 at every number of rows: Hopper's kernels and Triton's, whichever dispatch would choose."""
     (scheme,) = parse_schemes("w4a16")
@@ -122,6 +130,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "eight-bit": eight_bit,
     "by-shape": by_shape,
     "by-scheme": by_scheme,
+    "weight-only": weight_only,
     "by-rows": by_rows,
     "triton": triton,
     "decode": decode,
