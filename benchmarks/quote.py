@@ -53,12 +53,12 @@ def by_shape(records: Records) -> str:
     return table(["M", *(f"{n}x{k}" for n, k in shapes)], lines)
 
 
-def _by_scheme(records: Records, backend: str, rows: Iterable[int]) -> str:
-    """Schemes by rows of x, at the first of the main shapes."""
+def _by_scheme(records: Records, backend: str, rows: Iterable[int], schemes: Iterable[str] = ()) -> str:
+    """Schemes, the main ones if none are given, by rows of x, at the first of the main shapes."""
     (n, k), rows = parse_shapes(MAIN_SHAPES)[0], list(rows)
     lines = [
-        [f"`{scheme}`", *(cell(records, scheme=str(scheme), backend=backend, m=m, n=n, k=k) for m in rows)]
-        for scheme in parse_schemes(SCHEMES)
+        [f"`{scheme}`", *(cell(records, scheme=scheme, backend=backend, m=m, n=n, k=k) for m in rows)]
+        for scheme in schemes or map(str, parse_schemes(SCHEMES))
     ]
     return table([f"{n}x{k}", *(f"M = {m}" for m in rows)], lines)
 
@@ -70,10 +70,7 @@ def by_scheme(records: Records) -> str:
 
 def weight_only(records: Records) -> str:
     """Every scheme of the file at every number of rows of it, at the first of the main shapes, as dispatch chooses."""
-    (n, k), rows = parse_shapes(MAIN_SHAPES)[0], sorted({r["m"] for r in records})
-    schemes = dict.fromkeys(r["scheme"] for r in records)
-    lines = [[f"`{s}`", *(cell(records, scheme=s, backend="auto", m=m, n=n, k=k) for m in rows)] for s in schemes]
-    return table([f"{n}x{k}", *(f"M = {m}" for m in rows)], lines)
+    return _by_scheme(records, "auto", sorted({r["m"] for r in records}), dict.fromkeys(r["scheme"] for r in records))
 
 
 def by_rows(records: Records) -> str:
