@@ -47,7 +47,7 @@ class Plan:
 
     m: int
     n: int
-    blocks: int  # of K
+    k: int  # of x as it lies: a multiple of 8
     weight: str
     x: str
     scale: str | None  # of groups
@@ -63,11 +63,17 @@ class Plan:
     ends: str = "plain"  # or what `step_program` knows
     norm: str | None = None  # of the next norm's weight: y times it and y's squares are wanted, too
     mean: tuple[int, int, float] | None = None  # x's sums of squares: how many, of so many features; epsilon
+    place: str = "alone"  # or "first", "behind" among launches of one call, each of which begins before the last ends
 
     @property
     def block(self) -> int:
         """Columns of K."""
         return block_of(self.weight)
+
+    @property
+    def blocks(self) -> int:
+        """Of K."""
+        return -(-self.k // self.block)
 
     @property
     def steps(self) -> int:
@@ -187,16 +193,16 @@ class Plan:
 
     @property
     def shared(self) -> dict[str, int]:
-        """Bytes of shared memory by name."""
+        """Bytes of shared memory by name, multiples of 16."""
         c = self.config
         found = dict(
             codes=c.all_warps * c.ring * self.slot_of_codes,
             columns=c.all_warps * c.ring * self.slot_of_columns,
             x=c.all_warps * self.x_bytes,
-            sums=c.warps * 8 * self.tiles * self.pitch * 4,
+            sums=c.warps * self.m * self.pitch * 4,
             inverse=4 * MOST_ROWS if self.mean else 0,
         )
-        return {name: size for name, size in found.items() if size}
+        return {name: -(-size // 16) * 16 for name, size in found.items() if size}
 
 
 def block_of(weight: str) -> int:
@@ -210,7 +216,7 @@ def offset_by_sums(weight: str, x: str) -> bool:
     return weight == "int4" and x == "bfloat16"
 
 
-def first_choice(m: int, n: int, k: int, group: int, sums: bool, sms: int, block: int) -> Few:
+def first_choice(m: int, n: int, k: int, group: int, sums: bool, sms: int, block: int, all_warps: int = 4) -> Few:
     """A configuration from the shape and the chip: one wave of programs, or as few as make do.
 
     A warp has four or eight blocks on the way: more take longer to ask for than they save.
@@ -218,13 +224,14 @@ def first_choice(m: int, n: int, k: int, group: int, sums: bool, sms: int, block
     Args:
       sums: whether sums of x are kept (`Plan.offset_by_sums`).
       block: columns of one (`Plan.block`).
+      all_warps: of a program, at least.
     """
     tiles, blocks, strips = -(-m // 8), -(-k // block), -(-n // STRIP)
     of_block = block // 8 * tiles + sums * 2 * tiles * max(1, block // group)  # registers
     warps = 8
     while warps > 1 and warps >= 2 * blocks:
         warps //= 2
-    side_by_side = max(1, 4 // warps)
+    side_by_side = max(1, all_warps // warps)
     most = min(_REGISTERS // of_block, -(-blocks // warps))
     a_warp = 1 << (max(1, most).bit_length() - 1)
     of_program = -(-strips // (-(-strips // (12 * sms)) * sms))

@@ -35,19 +35,36 @@ class Program:
         self.nothing = o.integer(0)
 
     def run(self) -> None:
-        """All of it."""
-        o, plan, c = self.o, self.plan, self.plan.config
+        """All of it. Behind another launch the weight is asked for while that one ends, x when it has."""
+        o, plan = self.o, self.plan
         if plan.m % 8:
             o.write_real("x", self._zeros + self.quad * 4, 0, o.real(0.0), self.row < 1)
+        if plan.place == "behind":
+            following = self.fill()
+        if plan.place != "alone":
+            o.wait_for_launch_before()
+            o.let_next_launch_begin()
+        self.ask()
         self.copy_x(self.nothing)
         o.commit()
-        turn, chunk = self.nothing, self.nothing
-        for slot in range(c.ring):
-            for j in range(c.blocks):
-                self.fetch(o.integer(slot), j, self._sources(turn, chunk))
-            turn, chunk = self._after(turn, chunk)
-        o.repeat(plan.chunks, self.chunk, [self.nothing, turn, chunk])
+        if plan.place == "behind":
+            o.wait(0)
+        else:
+            following = self.fill()
+        o.repeat(plan.chunks, self.chunk, [self.nothing, *following])
         self.end()
+
+    def ask(self) -> None:
+        """Loads whose values are needed at the end."""
+
+    def fill(self) -> tuple[Any, Any]:
+        """Asks for the first strips; the strip and chunk behind them."""
+        turn, chunk = self.nothing, self.nothing
+        for slot in range(self.plan.config.ring):
+            for j in range(self.plan.config.blocks):
+                self.fetch(self.o.integer(slot), j, self._sources(turn, chunk))
+            turn, chunk = self._after(turn, chunk)
+        return turn, chunk
 
     def end(self) -> None:
         """What follows the sums of all warps."""
@@ -91,16 +108,16 @@ class Program:
         """Of a chunk, `[blocks, M]` rows of a block's columns, 16 bytes a lane."""
         o, plan = self.o, self.plan
         of_block = plan.block // 8
-        of_row, left = of_block * plan.config.blocks, self._left(chunk)
+        of_row, begin = of_block * plan.config.blocks, (self.first_block + chunk * plan.config.blocks) * of_block
+        end = o.minimum((self.first_block + plan.share) * of_block, plan.k // 8)
         for first in range(0, plan.m * of_row, 32):
             piece = o.lane + first
             row, column = piece // of_row, piece % of_row
             block = column // of_block
-            inside = o.choose(row < plan.m, left, self.nothing) > block
+            inside = o.choose(row < plan.m, end - begin, self.nothing) > column
             to = self.x + (block * plan.m + row) * plan.x_pitch + column % of_block * 16
             rest = row < plan.m if first + 32 > plan.m * of_row else None
-            column = (self.first_block + chunk * plan.config.blocks) * of_block + column
-            at = self.at["x"] + o.minimum(row, plan.m - 1) * (2 * plan.block * plan.blocks) + column * 16
+            at = self.at["x"] + o.minimum(row, plan.m - 1) * (2 * plan.k) + (begin + column) * 16
             o.copy("x", to, 0, at, 0, 16, inside, rest)
 
     def fetch(self, slot: Any, j: int, sources: tuple[list[Any], Any, Any, Any]) -> None:
@@ -282,15 +299,17 @@ class Program:
         """Adds a strip's sums of a chunk to those of the chunks before."""
         o, plan = self.o, self.plan
         row = (turn * plan.config.side_by_side + self.along_n) * STRIP + self.row
-        at = (self.along_k * (8 * plan.tiles * plan.pitch) + row) * 4 + self.quad * (2 * plan.pitch * 4)
+        at = (self.along_k * (plan.m * plan.pitch) + row) * 4 + self.quad * (2 * plan.pitch * 4)
         for tile in range(plan.tiles):
             for value in range(4):
-                offset = ((8 * tile + value % 2) * plan.pitch + 8 * (value // 2)) * 4
+                column = 8 * tile + value % 2
+                offset = (column * plan.pitch + 8 * (value // 2)) * 4
+                there = None if 8 * tile + 8 <= plan.m else self.quad * 2 < plan.m - column
                 new = total[tile][value]
                 if plan.chunks > 1:
-                    old = o.read_real("sums", at, offset)
+                    old = o.read_real("sums", at, offset, there)
                     new = o.add(new, o.choose(chunk > 0, old, o.real(0.0)))
-                o.write_real("sums", at, offset, new)
+                o.write_real("sums", at, offset, new, there)
 
     def element(self, index: Any) -> list[Any]:
         """One element of y: the sums of all warps, the epilogue, the store."""
@@ -314,7 +333,7 @@ class Program:
         where = (row * plan.pitch + local) * 4
         y = o.read_real("sums", where)
         for warp in range(1, plan.config.warps):
-            y = o.add(y, o.read_real("sums", where, warp * 8 * plan.tiles * plan.pitch * 4))
+            y = o.add(y, o.read_real("sums", where, warp * plan.m * plan.pitch * 4))
         return y
 
     def real(self, name: str, dtype: str, index: Any, inside: Any) -> Any:

@@ -80,14 +80,14 @@ class Lanes:
       lane, warp, thread, program: where this is.
     """
 
-    def __init__(self, program: ir.Value, shared: dict[str, ir.Value]) -> None:
-        """shared: arrays in shared memory, by the names that the program has for them."""
+    def __init__(self, program: ir.Value, shared: ir.Value, sizes: dict[str, int]) -> None:
+        """shared: an array in shared memory, of `sizes` bytes by the names that the program has for its parts."""
         self.program, self.thread = Int(program), Int(mgpu.utils.thread_idx())
         self.lane, self.warp = self.thread & 31, self.thread >> 5
-        self._shared = {
-            name: self._ptx("mov.b32 $0, $1;", mgpu.utils.memref_ptr(array), out="r", effects=False)[0]
-            for name, array in shared.items()
-        }
+        self._shared = {}
+        at = self._ptx("mov.b32 $0, $1;", mgpu.utils.memref_ptr(shared), out="r", effects=False)[0]
+        for name, size in sizes.items():
+            self._shared[name], at = at, at + size
 
     def _ptx(self, text: str, *given: Any, out: Sequence[str] = (), effects: bool = True) -> list[Any]:
         """Runs PTX: `$0 ...` are results, "r", "l" or "f" each, then the operands."""
@@ -204,9 +204,12 @@ class Lanes:
             "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", self._shared[name] + at, out="rrrr"
         )
 
-    def read_real(self, name: str, at: Int, offset: int = 0) -> ir.Value:
-        """A float32 of shared memory."""
-        return self._ptx(f"ld.shared.f32 $0, [$1 + {offset}];", self._shared[name] + at, out="f")[0]
+    def read_real(self, name: str, at: Int, offset: int = 0, when: Int | None = None) -> ir.Value:
+        """A float32 of shared memory, 0 where not `when`."""
+        load, at = f"ld.shared.f32 $0, [$1 + {offset}];", self._shared[name] + at
+        if when is None:
+            return self._ptx(load, at, out="f")[0]
+        return self._ptx(f"mov.f32 $0, 0f00000000; @$2 {load}", at, when, out="f")[0]
 
     def write_real(self, name: str, at: Int, offset: int, value: ir.Value, when: Int | None = None) -> None:
         """A float32 to shared memory, where `when`."""
@@ -220,6 +223,14 @@ class Lanes:
     def barrier(self) -> None:
         """Until all threads of the program are here, and what they wrote to shared memory is to be seen."""
         self._ptx("bar.sync 0;")
+
+    def wait_for_launch_before(self) -> None:
+        """Until all that the launches before this one write is to be seen."""
+        self._ptx("griddepcontrol.wait;")
+
+    def let_next_launch_begin(self) -> None:
+        """The next launch's programs may take what room there is, once all programs of this one have said so."""
+        self._ptx("griddepcontrol.launch_dependents;")
 
     # Values
 

@@ -133,16 +133,18 @@ class NumpyLanes:
             found.append(self._shared[name][self._words(name, there + 4 * word, 1)][..., 0].astype(np.int64))
         return found
 
-    def read_real(self, name: str, at: np.ndarray, offset: int = 0) -> np.ndarray:
+    def read_real(self, name: str, at: np.ndarray, offset: int = 0, when: np.ndarray | None = None) -> np.ndarray:
         """A float32 of shared memory."""
-        return self._shared[name][self._words(name, at + offset, 1)][..., 0].view(np.float32)
+        taken = np.broadcast_to(True if when is None else when, self.lane.shape)
+        found = self._shared[name][self._words(name, np.where(taken, at + offset, 0), 1)][..., 0].view(np.float32)
+        return np.where(taken, found, np.float32(0))
 
     def write_real(
         self, name: str, at: np.ndarray, offset: int, value: np.ndarray, when: np.ndarray | None = None
     ) -> None:
         """A float32 to shared memory."""
         taken = np.broadcast_to(True if when is None else when, self.lane.shape)
-        which, word = (a[..., 0][taken] for a in self._words(name, at + offset, 1))
+        which, word = (a[..., 0][taken] for a in self._words(name, np.where(taken, at + offset, 0), 1))
         self._shared[name][which, word] = value.view(np.uint32)[taken]
 
     def warp_barrier(self) -> None:
@@ -150,6 +152,12 @@ class NumpyLanes:
 
     def barrier(self) -> None:
         """Nothing: all lanes are in step."""
+
+    def wait_for_launch_before(self) -> None:
+        """Nothing: here it has ended."""
+
+    def let_next_launch_begin(self) -> None:
+        """Nothing: it begins when this one has ended."""
 
     def sum_of_lanes(self, value: np.ndarray) -> np.ndarray:
         """By NumPy's sum."""

@@ -65,16 +65,21 @@ def rest_of_layer(
     Returns:
       h' `[M, hidden]`, and row `[M, heads' features]` or None.
     """
-    common: dict[str, Any] = dict(out=residual.dtype.name, sms=sms, interpret=interpret)
+    steps: list[matmul_few.Product] = []
 
-    def step(x: jax.Array, w: Stored, ends: str, **more: Any) -> list[jax.Array]:
+    def step(x: Any, w: Stored, ends: str, **more: Any) -> list[matmul_few.Made]:
         stored = {field.name: getattr(w, field.name) for field in dataclasses.fields(w)}
-        return matmul_few.product(x, ends=ends, **stored, **common, **more)
+        common: dict[str, Any] = dict(out=residual.dtype.name, sms=sms, place="behind" if steps else "first")
+        steps.append(matmul_few.product(x, ends=ends, **stored, **common, **more))
+        return [steps[-1].made(len(steps) - 1, name) for name in steps[-1].plan.results]
 
     o, gate_up, down, *qkv = weights
     hidden, weighted, squares = step(attended, o, "residual", residual=residual, norm=norms[0])
     (act,) = step(weighted, gate_up, "gate", squares_of_x=squares, epsilon=epsilon)
     if not qkv:
-        return step(act, down, "residual", residual=hidden)[0], None
+        step(act, down, "residual", residual=hidden)
+        return matmul_few.run(steps, interpret)[-1]["out"], None
     hidden, weighted, squares = step(act, down, "residual", residual=hidden, norm=norms[1])
-    return hidden, step(weighted, qkv[0], "plain", squares_of_x=squares, epsilon=epsilon)[0]
+    step(weighted, qkv[0], "plain", squares_of_x=squares, epsilon=epsilon)
+    *_, by_down, by_qkv = matmul_few.run(steps, interpret)
+    return by_down["out"], by_qkv["out"]

@@ -30,9 +30,9 @@ Numerics: products of values and x are exact in the tensor cores, sums float32 i
 result. Exception: NF4 and FP4 values are rounded to x's type.
 """
 
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,20 +56,36 @@ from pallas_kernels.mosaic.few_plan import (
 from pallas_kernels.mosaic.lanes import Lanes
 from pallas_kernels.mosaic.lanes_numpy import NumpyLanes
 from pallas_kernels.mosaic.launch import launch
+from pallas_kernels.mosaic.launches import launched, only
 from pallas_kernels.mosaic.step_program import program_of
 
 
-def _kernel(plan: Plan, *refs: Any, **shared: Any) -> None:
-    """Hands the refs of Pallas to `program`."""
-    names, arrays = [*plan.operands, *plan.results], list(shared)
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What an earlier launch of the same call makes: an operand of a later one.
 
-    def emit(_: Any, index: Any, *given: Any) -> None:
-        inside = dict(zip(arrays, given[len(names) :], strict=True))
-        outside = dict(zip(names, given[: len(names)], strict=True))
-        program_of(plan)(Lanes(index.registers.item(), inside), plan, outside).run()
+    Attributes:
+      launch, result: which one's, by its number; by its name in `Plan.results`.
+      (others: an array's)
+    """
 
-    types = (plgpu.Layout.WG_SPLAT(()), *[plgpu.RefType()] * (len(refs) + len(shared)))
-    plgpu.inline_mgpu(arg_types=types)(emit)(jax.lax.axis_index("program"), *refs, *shared.values())
+    launch: int
+    result: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A launch: its plan, and its operands by name."""
+
+    plan: Plan
+    operands: dict[str, jax.Array | Made]
+
+    def made(self, launch: int, result: str) -> Made:
+        """A result of this, which is that launch of a call."""
+        shape, dtype = self.plan.results[result]
+        return Made(launch, result, shape, jnp.dtype(dtype))
 
 
 def unsupported(m: int, k: int, n: int, *, transposed: bool, **facts: Any) -> str | None:
@@ -126,18 +142,17 @@ def matmul(
     """
     given: dict[str, Any] = dict(global_scale=global_scale, bias=bias, residual=residual)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    facts: dict[str, Any] = dict(
-        weight=weight, group=group, zero_point=zero_point, config=config, sms=sms, interpret=interpret
-    )
+    facts: dict[str, Any] = dict(weight=weight, group=group, zero_point=zero_point, config=config, sms=sms)
     if activation is None:
-        return product(x, packed, scale, out=out_dtype.name, **given, **facts)[0]
+        (y,) = run([product(x, packed, scale, out=out_dtype.name, **given, **facts)], interpret)[0].values()
+        return y
     scale, given["global_scale"] = _per_row(scale, global_scale, packed.shape[0])
-    y = product(x, packed, scale, out="float32", **facts)[0]
+    (y,) = run([product(x, packed, scale, out="float32", **facts)], interpret)[0].values()
     return finish(y, out_dtype, activation=activation, **given)
 
 
 def product(
-    x: jax.Array,
+    x: jax.Array | Made,
     packed: jax.Array,
     scale: jax.Array,
     *,
@@ -147,31 +162,35 @@ def product(
     zero_point: jax.Array | None = None,
     global_scale: jax.Array | None = None,
     bias: jax.Array | None = None,
-    residual: jax.Array | None = None,
+    residual: jax.Array | Made | None = None,
     norm: jax.Array | None = None,
-    squares_of_x: jax.Array | None = None,
+    squares_of_x: jax.Array | Made | None = None,
     epsilon: float = 0.0,
     ends: str = "plain",
+    place: str = "alone",
     config: dict[str, int] | None = None,
     sms: int,
-    interpret: bool = False,
-) -> list[jax.Array]:
-    """The arrays of `Plan.results`, of a product that `ends` so; operands as in `matmul` and `layer_steps`."""
+) -> Product:
+    """A product that `ends` so, in that `place` of a call; operands as in `matmul` and `layer_steps`."""
     (m, k), n, block = x.shape, packed.shape[0], block_of(weight)
-    blocks = -(-k // block)
     scale, global_scale = _per_row(scale, global_scale, n)
+    facts = m, n, k, group, offset_by_sums(weight, x.dtype.name), sms, block
+    few = Few(**config) if config else first_choice(*facts, all_warps=4 if place == "alone" else 8)
     of_rows = scale.shape[1] == 1
     given = dict(global_scale=global_scale, bias=bias, residual=residual, norm=norm, squares_of_x=squares_of_x)
     inside = {name: a for name, a in given.items() if a is not None}
     dtypes = {name: a.dtype.name for name, a in inside.items()}
+    if k % 8:
+        assert isinstance(x, jax.Array), "rows of 16 bytes are what a launch before makes"
+        x = jnp.pad(x, ((0, 0), (0, -k % 8)))
     plan = Plan(
         m=m,
         n=n,
-        blocks=blocks,
+        k=x.shape[1],
         weight=weight,
         x=x.dtype.name,
         scale=None if of_rows else scale.dtype.name,
-        group=blocks * block if of_rows else group,
+        group=-(-k // block) * block if of_rows else group,
         groups=scale.shape[1],
         zeros=zero_point is not None,
         row_scale=scale.dtype.name if of_rows else None,
@@ -179,17 +198,16 @@ def product(
         bias=dtypes.get("bias"),
         residual=dtypes.get("residual"),
         out=out,
-        config=Few(**config)
-        if config
-        else first_choice(m, n, k, group, offset_by_sums(weight, x.dtype.name), sms, block),
+        config=few,
         ends=ends,
         norm=dtypes.get("norm"),
         mean=None if squares_of_x is None else (squares_of_x.shape[1], k, epsilon),
+        place=place,
     )
-    x = jnp.pad(x, ((0, 0), (0, block * blocks - k)))
     codes = jax.lax.bitcast_convert_type(packed, jnp.int8) if weight in BYTES else packed.reshape(n, -1)
     arrays = [x, codes, columns.as_loaded(scale)]
-    return _call(plan, arrays + [a for a in (zero_point, *inside.values()) if a is not None], interpret)
+    arrays += [a for a in (zero_point, *inside.values()) if a is not None]
+    return Product(plan, dict(zip(plan.operands, arrays, strict=True)))
 
 
 def _per_row(scale: jax.Array, global_scale: jax.Array | None, n: int) -> tuple[jax.Array, jax.Array | None]:
@@ -200,24 +218,66 @@ def _per_row(scale: jax.Array, global_scale: jax.Array | None, n: int) -> tuple[
     return jnp.ones((n, 1), jnp.float32), one if global_scale is None else one * global_scale
 
 
-def _call(plan: Plan, arrays: list[jax.Array], interpret: bool) -> list[jax.Array]:
-    """The kernel, or the same program in NumPy."""
-    out = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in plan.results.values()]
+def run(products: Sequence[Product], interpret: bool) -> list[dict[str, jax.Array]]:
+    """Products, one launch each, in one call: results by name.
+
+    Args:
+      interpret: run the same programs in NumPy, on any machine.
+    """
+    given = [{name: a for name, a in p.operands.items() if not isinstance(a, Made)} for p in products]
+    out = [{name: jax.ShapeDtypeStruct(*facts) for name, facts in p.plan.results.items()} for p in products]
+    places = jax.tree.structure((given, out))
+
+    def arrays(*flat: Any) -> list[dict[str, Any]]:
+        """Of each launch, operands and results by name."""
+        of_calls, made = jax.tree.unflatten(places, flat)
+        return [
+            {n: made[a.launch][a.result] if isinstance(a, Made) else own[n] for n, a in p.operands.items()} | results
+            for p, own, results in zip(products, of_calls, made, strict=True)
+        ]
+
     if interpret:
 
-        def run(*given: Any) -> list[np.ndarray]:
-            made = [np.full(a.shape, np.nan, a.dtype) for a in out]
-            lanes = NumpyLanes(plan.programs, plan.config.all_warps, plan.shared)
-            names = [*plan.operands, *plan.results]
-            program_of(plan)(lanes, plan, dict(zip(names, [*map(np.asarray, given), *made], strict=True))).run()
+        def interpreted(*flat: Any) -> list[np.ndarray]:
+            made = [np.full(a.shape, np.nan, a.dtype) for a in jax.tree.leaves(out)]
+            for p, named in zip(products, arrays(*map(np.asarray, flat), *made), strict=True):
+                lanes = NumpyLanes(p.plan.programs, p.plan.config.all_warps, p.plan.shared)
+                program_of(p.plan)(lanes, p.plan, named).run()
             return made
 
-        return jax.pure_callback(run, out, *arrays, vmap_method="sequential")
+        flat = jax.pure_callback(interpreted, jax.tree.leaves(out), *jax.tree.leaves(given), vmap_method="sequential")
+    else:
+        flat = _kernel([p.plan for p in products], arrays, jax.tree.leaves(out))(*jax.tree.leaves(given))
+    return jax.tree.unflatten(jax.tree.structure(out), flat)
+
+
+def _kernel(plans: list[Plan], arrays: Callable[..., list[dict[str, Any]]], out: list[Any]) -> Callable[..., Any]:
+    """One kernel for all launches: shared memory and programs are those of the largest.
+
+    Args:
+      arrays: from refs of operands and results to the launches' arrays by name.
+      out: shapes and dtypes of the results.
+    """
+    shared = max(sum(p.shared.values()) for p in plans)
+    (threads,) = {p.config.threads for p in plans}
+
+    def body(*refs: Any, inside: Any) -> None:
+        def emit(_: Any, index: Any, inside: Any, *given: Any) -> None:
+            program, steps = index.registers.item(), list(zip(plans, arrays(*given), strict=True))
+            which = launched(len(steps)) if len(steps) > 1 else None
+            for i, (plan, outside) in enumerate(steps):
+                with contextlib.nullcontext() if which is None else only(which, i, program, plan.programs):
+                    program_of(plan)(Lanes(program, inside, plan.shared), plan, outside).run()
+
+        types = (plgpu.Layout.WG_SPLAT(()), *[plgpu.RefType()] * (1 + len(refs)))
+        plgpu.inline_mgpu(arg_types=types)(emit)(jax.lax.axis_index("program"), inside, *refs)
+
+    ends = plans[0].ends if len(plans) == 1 else "layer"
     return launch(
-        functools.partial(_kernel, plan),
+        body,
         out,
-        programs=plan.programs,
-        warpgroups=plan.config.threads // 128,
-        name=f"qjax_{plan.weight}_hopper_few" + ("" if plan.ends == "plain" else f"_{plan.ends}"),
-        scratch={name: plgpu.SMEM((size // 4,), jnp.uint32) for name, size in plan.shared.items()},
-    )(*arrays)
+        programs=max(p.programs for p in plans),
+        warpgroups=threads // 128,
+        name=f"qjax_{plans[0].weight}_hopper_few" + ("" if ends == "plain" else f"_{ends}"),
+        scratch={"inside": plgpu.SMEM((shared // 4,), jnp.uint32)},
+    )

@@ -18,8 +18,8 @@ _SIZE = 2  # bytes of a result
 class NormalizedProgram(Program):
     """y = (x / root mean square of what x is a weighted copy of) @ w: the square's sums are `squares_of_x`."""
 
-    def run(self) -> None:
-        """The sums are asked for at the beginning, and added at the end."""
+    def ask(self) -> None:
+        """The sums, which are added at the end."""
         o, plan = self.o, self.plan
         self.squares = []
         if plan.mean is not None:
@@ -27,7 +27,6 @@ class NormalizedProgram(Program):
                 lanes, row = [o.lane + first for first in range(0, plan.mean[0], 32)], o.minimum(row, plan.m - 1)
                 at = [(row * plan.mean[0] + i, i < plan.mean[0]) for i in lanes]
                 self.squares.append([self.real("squares_of_x", "float32", *where) for where in at])
-        super().run()
 
     def _rows_of_x(self) -> list[Any]:
         """A warp's, of all rows of x shared among the warps; some may be beyond the last."""
@@ -78,14 +77,13 @@ class GateProgram(NormalizedProgram):
 class ResidualProgram(Program):
     """residual + y; with a norm that times its weight as well, and for each row of x the program's sum of squares."""
 
-    def run(self) -> None:
-        """The residual and the norm's weight are asked for at the beginning: at the end all would wait for them."""
+    def ask(self) -> None:
+        """The residual and the norm's weight: at the end all would wait for them."""
         plan, self.given = self.plan, []
         for first in self._firsts():
             for _, n, at, inside in self._elements(first):
                 residual = self.real("residual", plan.out, at, inside)
                 self.given.append((residual, plan.norm and self.real("norm", plan.norm, n, inside)))
-        super().run()
 
     def _firsts(self) -> range:
         """Rows of x from each of which on every warp has one, so that its lanes can add squares up."""

@@ -82,6 +82,8 @@ def _unfit(linear: Any, rows: int, dtype: Any, device: Device, *, biased: bool) 
         return f"it is stacked, or has {', '.join(sorted(problem.features))}"
     if problem.x_format is not None:
         return f"its x is {problem.x_format}"
+    if problem.k % 8:
+        return f"its K is {problem.k}, and kernels hand rows of whole 16 bytes to one another"
     return refusal(_PRODUCT, problem, device)
 
 

@@ -110,8 +110,8 @@ TRACE = """
 planes { id: 2 name: "/device:GPU:0"
   lines { id: 1 name: "Stream #13(Compute)"
     events { metadata_id: 1 duration_ps: 2000000 }
-    events { metadata_id: 2 duration_ps: 5000000 }
-    events { metadata_id: 3 duration_ps: 3000000 } }
+    events { metadata_id: 3 offset_ps: 6000000 duration_ps: 4000000 }
+    events { metadata_id: 2 offset_ps: 2000000 duration_ps: 5000000 } }
   lines { id: 3 name: "XLA Modules" events { metadata_id: 1 duration_ps: 9000000 } }
   event_metadata { key: 1 value { id: 1 name: "loop_add_fusion_3" } }
   event_metadata { key: 2 value { id: 2 name: "matmul_packed" } }
@@ -122,7 +122,8 @@ planes { id: 3 name: "/device:GPU:1"
 """
 
 
-def test_kernels_of_one_name_are_counted_together_on_the_first_gpu() -> None:
+def test_kernels_of_one_name_are_counted_together_on_the_first_gpu_and_no_time_twice() -> None:
+    """The second fusion begins a microsecond before the product ends."""
     data = jax.profiler.ProfileData
     kernels = count_kernels(data.from_serialized_xspace(data.text_proto_to_serialized_xspace(TRACE)), 2)
     assert [(k["name"], k["launches"]) for k in kernels] == [("loop_add_fusion", 1), ("matmul_packed", 0.5)]
