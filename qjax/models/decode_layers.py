@@ -13,7 +13,7 @@ from qjax.dispatch import backends
 from qjax.dispatch.backends import Selection
 from qjax.dispatch.choose import facts, load_if_present, refusal
 from qjax.dispatch.problem import Problem
-from qjax.dispatch.routes import GPU, ROUTES, Route
+from qjax.dispatch.routes import BYTES, GPU, ROUTES, Route
 from qjax.kernel_call import problem_of
 from qjax.models.kv_cache import LayerCache
 from qjax.models.merge import MergedLinear
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 KERNEL = Route(
     "mosaic.layer_steps", "mosaic", "pallas_kernels.mosaic.layer_steps", platforms=GPU, cc_min=90, cc_max=90
 )  # fmt: skip
-MOST_ROWS = 16  # eight layers of Llama 2 7B and the head, int4, H200: sixteen rows take 865 us for 886
+# Sixteen rows, eight layers of Llama 2 7B and the head, H200: int4 865 us for 886, int8 1047 for 985, FP8 1059 for 984.
+MOST_ROWS, MOST_ROWS_OF_BYTES = 16, 8
 _PRODUCT = next(route for route in ROUTES if route.name == "mosaic.matmul_few")
 
 
@@ -82,6 +83,8 @@ def _unfit(linear: Any, rows: int, dtype: Any, device: Device, *, biased: bool) 
         return f"it is stacked, or has {', '.join(sorted(problem.features))}"
     if problem.x_format is not None:
         return f"its x is {problem.x_format}"
+    if facts(problem, device)["weight"] in BYTES and rows > MOST_ROWS_OF_BYTES:
+        return f"with codes of 8 bits the kernels are faster up to {MOST_ROWS_OF_BYTES} rows; here are {rows}"
     if problem.k % 8:
         return f"its K is {problem.k}, and kernels hand rows of whole 16 bytes to one another"
     return refusal(_PRODUCT, problem, device)

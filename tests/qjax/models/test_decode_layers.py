@@ -88,6 +88,7 @@ def test_why_the_layers_run(interpreted: list[int], monkeypatch: pytest.MonkeyPa
     assert "another gate" in why(made(hidden_act="gelu"))
     assert "parts are not merged" in why(made(merged=False))
     assert "o_proj: of bytes it takes K and groups by 64, not 32" in why(made("w8a16"))
+    assert "faster up to 8 rows; here are 9" in why(made("w8a16"), (9, 1))
     assert "its x is int8" in why(made("w4a8_int8:group_size=16"))
     model = made()
     model.layers[1].mlp.down_proj.backend = "xla"
