@@ -44,7 +44,8 @@ def test_no_step_copies_codes_or_the_cache(program):
 
 
 def test_a_layer_of_one_row_is_two_calls(program):
-    """From one attention to the next: it, and one call that launches four products."""
+    """From one attention to the next: it, and one call that launches four products ahead of one another."""
+    assert "mosaic_gpu.uses_pdl" in program["hlo"]
     steps = program["steps"]
     first, second = (i for i, step in enumerate(steps) if step["name"] == "qjax_decode_attention")
     layer = steps[first:second]
