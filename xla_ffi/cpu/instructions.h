@@ -63,6 +63,13 @@ QJAX_COMPILE_FOR("avx512f,avx512bw,avx512vl,avx2,fma,f16c")
 QJAX_COMPILE_FOR_ALL
 }  // namespace avx512
 
+namespace avx512_bf16 {
+QJAX_COMPILE_FOR("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c")
+using namespace avx512;
+#include "kernels_bf16.h"
+QJAX_COMPILE_FOR_ALL
+}  // namespace avx512_bf16
+
 namespace avx2 {
 QJAX_COMPILE_FOR("avx2,fma,f16c")
 #include "simd_avx2.h"
@@ -90,12 +97,15 @@ bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports
 bool HasAvx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
+bool HasBf16() { return HasAvx512() && __builtin_cpu_supports("avx512bf16"); }
 bool HasVnni() { return HasAvx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
 // Best first: for x as floats, and for x as int8.
 constexpr Instructions kForFloats[] = {
 #if defined(__x86_64__)
+    {"avx512_bf16", HasBf16, avx512_bf16::Prepare, avx512_bf16::Multiply, avx512::PackNibbles,
+     avx512::QuantizeRow},
     {"avx512", HasAvx512, avx512::Prepare, avx512::Multiply, avx512::PackNibbles,
      avx512::QuantizeRow},
     {"avx2", HasAvx2, avx2::Prepare, avx2::Multiply, avx2::PackNibbles,

@@ -181,48 +181,6 @@ static void DecodeBlock(const D& d, const uint8_t* block, const float* scale, co
   }
 }
 
-// Up to 32 rows of the weight in float32, a block of k at a time.
-template <class D, Scales kScales>
-class Panel {
- public:
-  static constexpr int64_t kStride = kBlock + kPadding;
-
-  explicit Panel(const Product& p) : p_(p), values_(New<float>(kPanelRows * kStride)) {
-    for (int i = 0; i < kPanelRows; ++i) scales_.emplace_back(p);
-  }
-
-  // The next rows are [first, first + count).
-  void Take(int64_t first, int64_t count) {
-    first_ = first, count_ = count;
-    for (int64_t r = 0; r < count; ++r) {
-      scales_[r].Read(p_, first + r, D::kFactor);
-      scales_[r].SpreadOffsets(p_);
-    }
-  }
-
-  // Dequantizes block b of them. The codes behind are asked for meanwhile: rows lie far apart, and where the next part of
-  // each is, a processor does not foresee.
-  void Decode(int64_t b) {
-    const D d(p_);  // here, so that its tables stay in registers
-    uint8_t copy[D::kBytes];
-    for (int64_t r = 0; r < count_; ++r) {
-      const int64_t n = first_ + r;
-      const uint8_t* next = p_.codes + n * p_.row_bytes + (b + kAhead) * D::kBytes;
-      for (int i = 0; i < D::kBytes; i += 64) __builtin_prefetch(next + i);
-      DecodeBlock<D, kScales>(d, BlockOf<D>(p_, n, b, copy), scales_[r].scale(p_) + b * p_.slots,
-                              scales_[r].offset() + b * p_.slots, row(r));
-    }
-  }
-
-  float* row(int64_t r) const { return values_.get() + r * kStride; }
-
- private:
-  const Product& p_;
-  const Buffer<float> values_;
-  std::vector<RowScales> scales_;
-  int64_t first_ = 0, count_ = 0;
-};
-
 // sums[n] += x[m] . w[n] over a block of k for kM rows of x; every fourth lane of a vector of sums belongs to one row.
 template <int kM>
 static void MultiplyTile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, float* sums) {
@@ -249,30 +207,78 @@ static void MultiplyTile(const float* x, int64_t x_stride, const float* w, int64
   }
 }
 
+// Up to 32 rows of the weight in float32, a block of k at a time.
 template <class D, Scales kScales>
+class Panel {
+ public:
+  static constexpr int64_t kStride = kBlock + kPadding;
+
+  explicit Panel(const Product& p) : p_(p), values_(New<float>(kPanelRows * kStride)) {
+    for (int i = 0; i < kPanelRows; ++i) scales_.emplace_back(p);
+  }
+
+  // The next rows are [first, first + count); those behind, up to a whole tile, are multiplied as whatever they were.
+  void Take(int64_t first, int64_t count) {
+    first_ = first, count_ = count;
+    for (int64_t r = 0; r < count; ++r) {
+      scales_[r].Read(p_, first + r, D::kFactor);
+      scales_[r].SpreadOffsets(p_);
+    }
+  }
+
+  // Dequantizes block b of them. The codes behind are asked for meanwhile: rows lie far apart, and where the next part of
+  // each is, a processor does not foresee.
+  void Decode(int64_t b) {
+    block_ = b;
+    const D d(p_);  // here, so that its tables stay in registers
+    uint8_t copy[D::kBytes];
+    for (int64_t r = 0; r < count_; ++r) {
+      const int64_t n = first_ + r;
+      const uint8_t* next = p_.codes + n * p_.row_bytes + (b + kAhead) * D::kBytes;
+      for (int i = 0; i < D::kBytes; i += 64) __builtin_prefetch(next + i);
+      DecodeBlock<D, kScales>(d, BlockOf<D>(p_, n, b, copy), scales_[r].scale(p_) + b * p_.slots,
+                              scales_[r].offset() + b * p_.slots, row(r));
+    }
+  }
+
+  float* row(int64_t r) const { return values_.get() + r * kStride; }
+
+  // sums[i] += x[m ..] . w[n + i] over the block, for kM rows of x.
+  template <int kM>
+  void Multiply(const Rows& rows, int64_t m, int64_t n, float* sums) const {
+    MultiplyTile<kM>(rows.values.get() + m * rows.stride + block_ * kBlock, rows.stride, row(n), kStride, sums);
+  }
+
+  // What is to be added to the product of row m of x and row r.
+  float Offset(const Rows&, int64_t, int64_t) const { return 0; }
+
+ private:
+  const Product& p_;
+  const Buffer<float> values_;
+  std::vector<RowScales> scales_;
+  int64_t first_ = 0, count_ = 0, block_ = 0;
+};
+
+template <class P>
 static void MultiplyMany(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
-  Panel<D, kScales> panel(p);
-  constexpr int64_t kStride = panel.kStride, kSums = kPanelRows * kLanes;  // of kTileM rows of x
+  P panel(p);
+  constexpr int64_t kSums = kPanelRows * kLanes;  // of kTileM rows of x
   const int64_t size = (rows.m + kTileM - 1) / kTileM * kSums;
   const Buffer<float> sums = New<float>(size);
   for (int64_t first = n0; first < n1; first += kPanelRows) {
     const int64_t count = std::min<int64_t>(kPanelRows, n1 - first);
-    const int64_t tiled = (count + kTileN - 1) / kTileN * kTileN;
     panel.Take(first, count);
-    std::memset(panel.row(count), 0, (tiled - count) * kStride * sizeof(float));
     std::memset(sums.get(), 0, size * sizeof(float));
     for (int64_t b = 0; b < p.blocks; ++b) {
       panel.Decode(b);
       for (int64_t m = 0; m < rows.m; m += kTileM) {
-        const float* x = rows.values.get() + m * rows.stride + b * kBlock;
-        for (int64_t n = 0; n < tiled; n += kTileN) {
-          const float* w = panel.row(n);
+        for (int64_t n = 0; n < count; n += kTileN) {
           float* to = sums.get() + m / kTileM * kSums + n * kLanes;
           switch (rows.m - m) {
-            case 1: MultiplyTile<1>(x, rows.stride, w, kStride, to); break;
-            case 2: MultiplyTile<2>(x, rows.stride, w, kStride, to); break;
-            case 3: MultiplyTile<3>(x, rows.stride, w, kStride, to); break;
-            default: MultiplyTile<kTileM>(x, rows.stride, w, kStride, to);
+            case 1: panel.template Multiply<1>(rows, m, n, to); break;
+            case 2: panel.template Multiply<2>(rows, m, n, to); break;
+            case 3: panel.template Multiply<3>(rows, m, n, to); break;
+            default: panel.template Multiply<kTileM>(rows, m, n, to);
           }
         }
       }
@@ -282,7 +288,8 @@ static void MultiplyMany(const Product& p, int64_t m0, const Rows& rows, int64_t
         float found[kTileM];
         SumFourths(Load(sums.get() + m / kTileM * kSums + r * kLanes), found);
         float* y = p.y + (m0 + m) * p.n + first + r;
-        for (int64_t i = 0; i < std::min<int64_t>(kTileM, rows.m - m); ++i) y[i * p.n] = found[i];
+        for (int64_t i = 0; i < std::min<int64_t>(kTileM, rows.m - m); ++i)
+          y[i * p.n] = found[i] + panel.Offset(rows, m + i, r);
       }
   }
 }
@@ -299,7 +306,7 @@ static void MultiplyScaled(const Product& p, int64_t m0, const Rows& rows, int64
     case 2: return MultiplyRows<D, kScales, 2>(p, m0, rows, n0, n1);
     case 4: return MultiplyFew<D, kScales, 4>(p, m0, rows, n0, n1);
     case 8: return MultiplyFew<D, kScales, 8>(p, m0, rows, n0, n1);
-    default: return MultiplyMany<D, kScales>(p, m0, rows, n0, n1);
+    default: return MultiplyMany<Panel<D, kScales>>(p, m0, rows, n0, n1);
   }
 }
 

@@ -39,6 +39,12 @@ struct Owned {
   void FillWithBytes(std::mt19937& random) {
     for (size_t i = 0; i < size; ++i) static_cast<uint8_t*>(data)[i] = random() % 112;  // no NaN in FP8
   }
+  void FillWithHalves(std::mt19937& random) {  // bfloat16
+    for (size_t i = 0; i < size / 2; ++i) {
+      const float value = (random() % 1000) / 500.0f - 1;
+      std::memcpy(static_cast<uint8_t*>(data) + 2 * i, reinterpret_cast<const uint8_t*>(&value) + 2, 2);
+    }
+  }
   void FillWithFloats(std::mt19937& random) {
     for (size_t i = 0; i < size / 4; ++i) static_cast<float*>(data)[i] = (random() % 1000) / 500.0f - 1;
   }
@@ -53,7 +59,7 @@ struct Case {
   ffi::DataType codes;
   int bits;
   int64_t m, k, n, group;
-  bool zero, int8_x, transposed;
+  bool zero, int8_x, transposed, half_x;
 };
 
 // Whether all sets of instructions agree on a product; false with a word on what does not.
@@ -61,11 +67,12 @@ bool Agrees(const Case& c, ffi::ThreadPool& pool) {
   std::mt19937 random(1);
   const int64_t groups = (c.k + c.group - 1) / c.group;
   const int64_t whole = c.bits == 8 ? c.k : (c.k + 127) / 128 * 128;  // k as it is stored
-  Owned x(c.int8_x ? ffi::S8 : ffi::F32, c.int8_x ? 1 : 4, {c.m, c.transposed ? c.n : c.k});
+  const ffi::DataType x_type = c.int8_x ? ffi::S8 : c.half_x ? ffi::BF16 : ffi::F32;
+  Owned x(x_type, c.int8_x ? 1 : c.half_x ? 2 : 4, {c.m, c.transposed ? c.n : c.k});
   Owned packed = c.bits == 8 ? Owned(c.codes, 1, {c.n, c.k}) : Owned(c.codes, 4, {c.n, whole / 128, 4 * c.bits});
   Owned y(ffi::F32, 4, {c.m, c.transposed ? whole : c.n});
   Owned scale(ffi::F32, 4, {c.n, groups}), zero(ffi::S8, 1, {c.n, groups});
-  c.int8_x ? x.FillWithBytes(random) : x.FillWithFloats(random);
+  c.int8_x ? x.FillWithBytes(random) : c.half_x ? x.FillWithHalves(random) : x.FillWithFloats(random);
   packed.FillWithBytes(random), scale.FillWithFloats(random), zero.FillWithBytes(random);
   Operands o{ffi::AnyBuffer(&x.buffer), ffi::AnyBuffer(&packed.buffer), ffi::AnyBuffer(&scale.buffer),
              ffi::AnyBuffer(&y.buffer), {}};
@@ -163,16 +170,18 @@ int Main() {
   for (const Kind& kind : kinds)
     for (int64_t m : {1, 2, 7, 129})
       for (int64_t group : {392, 128, 32, 16})
-        for (int flags = 0; flags < 8; ++flags) {
-          const bool zero = flags & 1, int8_x = flags & 2, transposed = flags & 4;
+        for (int flags = 0; flags < 16; ++flags) {
+          const bool zero = flags & 1, int8_x = flags & 2, transposed = flags & 4, half_x = flags & 8;
+          if (half_x && (m != 129 || int8_x || transposed)) continue;  // the kernels of its own
           const bool is_int = kind.type == ffi::U32 || kind.type == ffi::S8;
           if ((zero && !is_int) || (int8_x && (!is_int || (kind.bits != 4 && kind.bits != 8)))) continue;
           if (int8_x && transposed) continue;
           if (int8_x && group < (kind.bits == 4 ? 32 : 128)) continue;
-          const Case c{kind.type, kind.bits, m, 392, m == 129 || transposed ? 54 : 684, group, zero, int8_x, transposed};
+          const int64_t n = m == 129 || transposed ? 54 : 684;
+          const Case c{kind.type, kind.bits, m, 392, n, group, zero, int8_x, transposed, half_x};
           if (!Agrees(c, pool)) {
-            std::printf("bits %d m %d group %d zero %d int8 x %d transposed %d\n", c.bits, int(m), int(group), zero,
-                        int8_x, transposed);
+            std::printf("bits %d m %d group %d zero %d int8 x %d transposed %d bfloat16 x %d\n", c.bits, int(m),
+                        int(group), zero, int8_x, transposed, half_x);
             return 1;
           }
           ++done;

@@ -75,6 +75,13 @@ def test_x_of_any_float_with_bias_activation_and_residual_is_rounded_once(scheme
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+def test_many_rows_of_bfloat16_are_rounded_once(scheme, instructions):
+    for m, k, n in ((9, 400, 19), (70, 256, 37)):
+        check(Product(scheme, m, k, n), instructions)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize(
     "scheme", ["w4a16:symmetric=false", "w8a16:group_size=16,symmetric=false", "w5a16:symmetric=false"]
 )

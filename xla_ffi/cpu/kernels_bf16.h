@@ -1,0 +1,122 @@
+// More than eight rows of bfloat16 x by codes that bfloat16 has exactly, integers and FP8, with one scale for a block of
+// 128 k or more: products of pairs, which AVX512-BF16 has twice as many of in an instruction. Included inside a
+// namespace that sees the AVX-512 kernels.
+//
+// The order of k is theirs. Two steps of sixteen codes are one vector of 32 halves, whose pairs are neighbours in a step;
+// x lies in the same order, so that any two neighbours meet theirs. Codes are not scaled: a block's sums are, in float32,
+// and zero points come at the end, times sums of x over groups.
+//
+// The instruction reads subnormal numbers as zeros, and adds two exact products to a float32 sum.
+
+static QJAX_INLINE __m512bh LoadHalves(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+// 32 floats as halves, which they are.
+static QJAX_INLINE void StoreHalves(uint16_t* p, F first, F second) {
+  _mm512_storeu_si512(p, (I)_mm512_cvtne2ps_pbh(second, first));
+}
+
+static bool InHalves(const Product& p, const Rows& rows) {
+  const bool exact = p.codes_type <= Codes::kInt6 || p.codes_type == Codes::kInt8 || p.codes_type == Codes::kE4M3 ||
+                     p.codes_type == Codes::kE5M2;
+  return exact && p.x.type == Number::kBF16 && p.scales == Scales::kOne && rows.tile == 0 && !p.transposed;
+}
+
+// As the others, and the row is then narrowed where it lies: what is written ends before what is read next.
+static void Prepare(const Product& p, int64_t m0, Rows& rows, int64_t i) {
+  avx512::Prepare(p, m0, rows, i);
+  if (!InHalves(p, rows)) return;
+  float* row = rows.values.get() + i * rows.stride;
+  for (int64_t k = 0; k < p.blocks * kBlock; k += 2 * kLanes)
+    StoreHalves(reinterpret_cast<uint16_t*>(row) + k, Load(row + k), Load(row + k + kLanes));
+}
+
+// Up to 32 rows of the weight as halves, a block of k at a time.
+template <class D>
+class HalfPanel {
+ public:
+  static constexpr int64_t kStride = kBlock + kPadding / 2;
+
+  explicit HalfPanel(const Product& p) : p_(p), values_(New<uint16_t>(kPanelRows * kStride)) {
+    for (int i = 0; i < kPanelRows; ++i) scales_.emplace_back(p);
+    std::memset(values_.get(), 0, kPanelRows * kStride * sizeof(uint16_t));
+  }
+
+  void Take(int64_t first, int64_t count) {
+    first_ = first, count_ = count;
+    for (int64_t r = 0; r < count; ++r) scales_[r].Read(p_, first + r, D::kFactor);
+  }
+
+  void Decode(int64_t b) {
+    block_ = b;
+    const D d(p_);
+    uint8_t copy[D::kBytes];
+    for (int64_t r = 0; r < count_; ++r) {
+      const int64_t n = first_ + r;
+      const uint8_t* next = p_.codes + n * p_.row_bytes + (b + kAhead) * D::kBytes;
+      for (int i = 0; i < D::kBytes; i += 64) __builtin_prefetch(next + i);
+      const auto words = d.Read(BlockOf<D>(p_, n, b, copy), 0);
+      uint16_t* out = values_.get() + r * kStride;
+      StoreHalves(out, d.template Value<0>(words), d.template Value<1>(words));
+      StoreHalves(out + 32, d.template Value<2>(words), d.template Value<3>(words));
+      StoreHalves(out + 64, d.template Value<4>(words), d.template Value<5>(words));
+      StoreHalves(out + 96, d.template Value<6>(words), d.template Value<7>(words));
+      block_scale_[r] = scales_[r].scale(p_)[b];
+    }
+  }
+
+  // As MultiplyTile, of rows m of x and n of the panel.
+  template <int kM>
+  void Multiply(const Rows& rows, int64_t m, int64_t n, float* sums) const {
+    const int64_t x_stride = 2 * rows.stride;
+    const uint16_t* x = reinterpret_cast<const uint16_t*>(rows.values.get()) + m * x_stride + block_ * kBlock;
+    const uint16_t* w = values_.get() + n * kStride;
+    F sum[kTileN][kTileM];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTileN; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileM; ++j) sum[i][j] = Zero();
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kBlock; k += 2 * kLanes) {
+      __m512bh row[kM];
+#pragma GCC unroll 4
+      for (int j = 0; j < kM; ++j) row[j] = LoadHalves(x + j * x_stride + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTileN; ++i) {
+        const __m512bh weight = LoadHalves(w + i * kStride + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < kM; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], row[j], weight);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kTileN; ++i) {
+      float* to = sums + i * kLanes;
+      Store(to, Fma(AddAcross(sum[i][0], sum[i][1], sum[i][2], sum[i][3]), Set1(block_scale_[n + i]), Load(to)));
+    }
+  }
+
+  // What zero points add to row m of x times row r.
+  float Offset(const Rows& rows, int64_t m, int64_t r) const {
+    return p_.zero.data == nullptr ? 0 : scales_[r].DotOffsets(p_, rows.sums.get() + m * p_.groups);
+  }
+
+ private:
+  const Product& p_;
+  const Buffer<uint16_t> values_;
+  std::vector<RowScales> scales_;
+  float block_scale_[kPanelRows] = {};
+  int64_t first_ = 0, count_ = 0, block_ = 0;
+};
+
+static void Multiply(const Product& p, int64_t m0, const Rows& rows, int64_t n0, int64_t n1) {
+  if (!InHalves(p, rows)) return avx512::Multiply(p, m0, rows, n0, n1);
+  switch (p.codes_type) {
+    case Codes::kInt2: return MultiplyMany<HalfPanel<PackedInt<2>>>(p, m0, rows, n0, n1);
+    case Codes::kInt3: return MultiplyMany<HalfPanel<PackedInt<3>>>(p, m0, rows, n0, n1);
+    case Codes::kInt4: return MultiplyMany<HalfPanel<PackedInt4>>(p, m0, rows, n0, n1);
+    case Codes::kInt5: return MultiplyMany<HalfPanel<PackedInt<5>>>(p, m0, rows, n0, n1);
+    case Codes::kInt6: return MultiplyMany<HalfPanel<PackedInt<6>>>(p, m0, rows, n0, n1);
+    case Codes::kInt8: return MultiplyMany<HalfPanel<Int8>>(p, m0, rows, n0, n1);
+    case Codes::kE4M3: return MultiplyMany<HalfPanel<E4M3>>(p, m0, rows, n0, n1);
+    default: return MultiplyMany<HalfPanel<E5M2>>(p, m0, rows, n0, n1);
+  }
+}
