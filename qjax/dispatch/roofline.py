@@ -33,6 +33,7 @@ class Efficiency:
       m_max: the most rows of x that this holds for; None for any number.
       beside: seconds for each element of x and y, before and after the product.
       weights: the formats that this holds for; empty for any.
+      format: that operands are multiplied in; empty for x's own.
     """
 
     bandwidth: float
@@ -43,6 +44,7 @@ class Efficiency:
     m_max: int | None = None
     beside: float = 0.0
     weights: tuple[str, ...] = ()
+    format: str = ""
 
 
 PEAK = Efficiency(1.0, 1.0, 0.0, "the device's own peaks")
@@ -63,6 +65,7 @@ UNMEASURED = Efficiency(0.1, 0.1, 1e-5, "not measured: placed behind what was")
 _H200 = "H200, jax 0.11.2, 22016 x 4096: "
 _TABLES = ("nf4", "fp4", "e2m1")
 _LOOKED_UP = ("nf4", "fp4", "higgs4")
+_IN = "float32"  # kernels on a CPU, whatever x is
 _EPYC = "2 cores of an EPYC 9005, jax 0.11.2, 4096 x 4096: "
 MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
     ("xla.reference", "gpu", True): (
@@ -208,27 +211,31 @@ MEASURED: dict[tuple[str, str, bool], tuple[Efficiency, ...]] = {
         Efficiency(0.8, 0.62, 4e-6, "as xla.dequantize_dot: 565 us of bf16 product at M=2048", 2),
     ),
     ("cpu.matmul", "cpu", True): (
-        Efficiency(0.8, 1.0, 1e-5, _EPYC + "0.57 ms (int4 g128) at M=1, 2.7 ms at M=8", m_max=16),
+        Efficiency(0.8, 1.0, 1e-5, _EPYC + "0.57 ms (int4 g128) at M=1, 2.7 ms at M=8", m_max=16, format=_IN),
         Efficiency(
-            0.8, 1.75, 1e-5, _EPYC + "29 ms (int4 g128) at M=130, 222 at 1024; 768 x 256: 0.8, 6.1 ms", beside=3.2e-9
+            0.8, 1.75, 1e-5, _EPYC + "29 ms (int4 g128) at M=130, 222 at 1024; 768 x 256: 0.8, 6.1 ms",
+            beside=3.2e-9, format=_IN,
         ),
     ),
     ("cpu.matmul", "cpu", False): (
-        Efficiency(0.9, 1.0, 1e-5, _EPYC + "0.92 ms (int8) at M=1, 3.1 ms at M=8", m_max=16),
+        Efficiency(0.9, 1.0, 1e-5, _EPYC + "0.92 ms (int8) at M=1, 3.1 ms at M=8", m_max=16, format=_IN),
         Efficiency(
-            0.9, 1.75, 1e-5, _EPYC + "29 ms (int8) at M=130, 226 at 1024; 768 x 256: 0.7, 5.4 ms", beside=3.2e-9
+            0.9, 1.75, 1e-5, _EPYC + "29 ms (int8) at M=130, 226 at 1024; 768 x 256: 0.7, 5.4 ms",
+            beside=3.2e-9, format=_IN,
         ),
     ),
     ("cpu.matmul_int8", "cpu", True): (
-        Efficiency(0.85, 1.6, 1e-5, _EPYC + "0.5 ms (w4a8 g128) at M=1, 1.8 ms at M=8", m_max=16),
+        Efficiency(0.85, 1.6, 1e-5, _EPYC + "0.5 ms (w4a8 g128) at M=1, 1.8 ms at M=8", m_max=16, format=_IN),
         Efficiency(
-            0.85, 2.6, 1e-5, _EPYC + "20 ms (w4a8 g128) at M=130, 162 at 1024; 768 x 256: 0.8, 4.9 ms", beside=3.2e-9
+            0.85, 2.6, 1e-5, _EPYC + "20 ms (w4a8 g128) at M=130, 162 at 1024; 768 x 256: 0.8, 4.9 ms",
+            beside=3.2e-9, format=_IN,
         ),
     ),
     ("cpu.matmul_int8", "cpu", False): (
-        Efficiency(0.95, 1.7, 1e-5, _EPYC + "0.9 ms (w8a8) at M=1, 1.8 ms at M=8", m_max=16),
+        Efficiency(0.95, 1.7, 1e-5, _EPYC + "0.9 ms (w8a8) at M=1, 1.8 ms at M=8", m_max=16, format=_IN),
         Efficiency(
-            0.95, 3.5, 1e-5, _EPYC + "17 ms (w8a8) at M=130, 115 at 1024; 768 x 256: 0.7, 4.6 ms", beside=3.2e-9
+            0.95, 3.5, 1e-5, _EPYC + "17 ms (w8a8) at M=130, 115 at 1024; 768 x 256: 0.7, 4.6 ms",
+            beside=3.2e-9, format=_IN,
         ),
     ),
     ("xla.reference", "cpu", True): (
@@ -317,7 +324,9 @@ def estimate(problem: Problem, device: Device, efficiency: Efficiency = CEILING)
     around = problem.batch * activation_bytes(problem)
     dense = problem.batch * problem.n * problem.k * efficiency.dense
     before, during = (codes + dense, dense + around) if dense else (0, codes + around)
-    format = _FLOAT32.name if efficiency.dense == _FLOAT32.itemsize else compute_format(problem, device)
+    format = efficiency.format
+    if not format:
+        format = _FLOAT32.name if efficiency.dense == _FLOAT32.itemsize else compute_format(problem, device)
     return _roofline(problem, device, before, during, format, efficiency)
 
 

@@ -68,6 +68,14 @@ def test_on_a_cpu_int8_is_for_weights_that_are_large_beside_x_and_y(m, n, k, fas
     assert min(times, key=times.get) == fastest, times
 
 
+@pytest.mark.parametrize("m", [1, 16, 512])
+def test_kernels_on_a_cpu_multiply_in_float32_whatever_x_is(m):
+    """XLA's own product of bfloat16 is ten times slower there than that of float32."""
+    problems = [Problem(m, 4096, 4096, W4A16(), x_dtype=np.dtype(name), out_dtype=BF16) for name in ("float32", BF16)]
+    wide, narrow = (roofline.estimate(p, CPU, roofline.efficiency("cpu.matmul", p, CPU)) for p in problems)
+    assert narrow.seconds <= wide.seconds
+
+
 class EstimateTest(parameterized.TestCase):
     def test_one_row_on_an_h200_takes_the_time_to_read_the_weight(self):
         estimate = roofline.estimate(wide(), H200, roofline.PEAK)
