@@ -78,14 +78,14 @@ def copies(make: Callable[[jax.Array], Any]) -> list[Any]:
     return [first, *(make(jax.random.key(i)) for i in range(1, count))]
 
 
-def quantized(text: str, m: int, n: int, k: int) -> Candidate:
+def quantized(text: str, m: int, n: int, k: int, products: int = 0) -> Candidate:
     """A scheme as dispatch runs it: `w4a16`, or `w4a16@bfloat16` for x, and y, of that type."""
     name, _, x_dtype = text.partition("@")
     scheme, dtype = qjax.parse_scheme(name), jnp.dtype(x_dtype or "float32")
     weights = copies(lambda key: random_weight(key, scheme, n, k))
     inside = jnp.int8 if scheme.activation else dtype
     kernel = choose(problem_of(weights[0], m=m, x_dtype=inside, out_dtype=dtype)).route.name
-    return Candidate(text, kernel, lambda x, w: qjax.matmul(x.astype(dtype), w), weights)
+    return Candidate(text, kernel, lambda x, w: qjax.matmul(x.astype(dtype), w), weights, products)
 
 
 def candidates(m: int, n: int, k: int, schemes: list[str]) -> list[Candidate]:
