@@ -214,10 +214,11 @@ class Panel {
   static constexpr int64_t kStride = kBlock + kPadding;
 
   explicit Panel(const Product& p) : p_(p), values_(New<float>(kPanelRows * kStride)) {
+    std::memset(values_.get(), 0, kPanelRows * kStride * sizeof(float));  // a tile may have more rows than there are
     for (int i = 0; i < kPanelRows; ++i) scales_.emplace_back(p);
   }
 
-  // The next rows are [first, first + count); those behind, up to a whole tile, are multiplied as whatever they were.
+  // The next rows are [first, first + count).
   void Take(int64_t first, int64_t count) {
     first_ = first, count_ = count;
     for (int64_t r = 0; r < count; ++r) {
